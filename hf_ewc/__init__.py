@@ -1,0 +1,56 @@
+"""Elastic Weight Consolidation for Hugging Face Transformers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `hf_ewc.metrics` and `hf_ewc.report` do not pull in torch.
+_MODULES = {
+    "AccuracyMatrix": "metrics",
+    "EWCConfig": "config",
+    "EWCMixin": "trainer",
+    "EWCSeq2SeqTrainer": "trainer",
+    "EWCState": "state",
+    "EWCTrainer": "trainer",
+    "Fisher": "fisher.diagonal",
+    "Task": "tasks",
+    "estimate_fisher": "fisher",
+    "run_tasks": "tasks",
+}
+
+__all__ = [
+    "AccuracyMatrix",
+    "EWCConfig",
+    "EWCMixin",
+    "EWCSeq2SeqTrainer",
+    "EWCState",
+    "EWCTrainer",
+    "Fisher",
+    "Task",
+    "estimate_fisher",
+    "run_tasks",
+]
+
+if TYPE_CHECKING:
+    from hf_ewc.config import EWCConfig
+    from hf_ewc.fisher import estimate_fisher
+    from hf_ewc.fisher.diagonal import Fisher
+    from hf_ewc.metrics import AccuracyMatrix
+    from hf_ewc.state import EWCState
+    from hf_ewc.tasks import Task, run_tasks
+    from hf_ewc.trainer import EWCMixin, EWCSeq2SeqTrainer, EWCTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,252 @@
+"""The settings of EWC, as a dataclass that `HfArgumentParser` understands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_ewc.naming import ALL_LINEAR, compiled_regex, is_regex, layer_lambdas
+
+MODES = ("online", "separate")
+STATE_DTYPES = ("float32", "bfloat16", "float16")
+FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
+
+
+def _help(text: str, **options: Any) -> dict[str, Any]:
+    return {"help": text, **options}
+
+
+@dataclass
+class EWCConfig:
+    """How strongly, where and with which Fisher information a model is held to its anchor.
+
+    L(θ) = L_task(θ) + (λ/2) Σ_i F_i (θ_i − θ*_i)²   (Kirkpatrick et al. 2017, arXiv 1612.00796)
+
+    Each field's meaning is its `help`. `ewc_target_modules` and `ewc_exclude_modules` follow PEFT:
+    a list holds suffixes of module names, a string is one regular expression over whole module
+    names, and "all-linear" is every linear layer but the output embedding. On the command line and
+    in lists, a single entry with a character that no module name has (one of `*+?()[]{}|\\^$`) is
+    taken as that regular expression: `--ewc_target_modules '.*layer\\.[01]\\..*'`.
+    `ewc_layer_lambdas` is a dict, or on the command line the same as a JSON string:
+    `--ewc_layer_lambdas '{"encoder.layer.0": 10, ".*bias": 0}'`.
+
+    Raises:
+        ValueError: at construction, for a value that is not allowed; it names the field, the value
+            and what is allowed.
+    """
+
+    ewc_lambda: float = field(
+        default=1000.0,
+        metadata=_help(
+            "Strength λ of the penalty (λ/2) Σ F (θ − θ*)². At least 0; 0 switches it off."
+        ),
+    )
+    ewc_mode: str = field(
+        default="online",
+        metadata=_help(
+            "How tasks add up: 'online' anchors at the newest parameters (Schwarz et al. 2018), "
+            "'separate' keeps the exact sum of one penalty a task (Kirkpatrick et al. 2017).",
+            choices=MODES,
+        ),
+    )
+    ewc_gamma: float = field(
+        default=1.0,
+        metadata=_help(
+            "Decay γ of the earlier importance at each consolidation, F ← γ F + F_new. 0 to 1."
+        ),
+    )
+    ewc_lambda_growth: float = field(
+        default=1.0,
+        metadata=_help("λ after k consolidated tasks is ewc_lambda · growth^(k − 1). Above 0."),
+    )
+    ewc_layer_lambdas: dict[str, float] | str | None = field(
+        default=None,
+        metadata=_help(
+            "λ by pattern in place of ewc_lambda, as JSON: a pattern is a suffix of the name of a "
+            "module or parameter, or a regular expression for one; the longest match wins."
+        ),
+    )
+    ewc_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata=_help(
+            "Protect only the parameters in these modules: suffixes of module names, one regular "
+            "expression, or 'all-linear'. By default all that are trainable.",
+            nargs="+",
+        ),
+    )
+    ewc_exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata=_help(
+            "Leave the parameters in these modules free; given as ewc_target_modules.", nargs="+"
+        ),
+    )
+    ewc_state_dtype: str = field(
+        default="float32",
+        metadata=_help(
+            "How the importance is held and saved. In half precision with one scale a tensor.",
+            choices=STATE_DTYPES,
+        ),
+    )
+    ewc_keep_fraction: float = field(
+        default=1.0,
+        metadata=_help(
+            "Share of all importances, the largest, that is kept, as sparse tensors. Above 0 to 1."
+        ),
+    )
+    ewc_offload: bool = field(
+        default=False,
+        metadata=_help("Hold the state in CPU memory and bring it to the device a part at a time."),
+    )
+    ewc_log_groups: bool = field(
+        default=False, metadata=_help("Log the penalty of each group of layers as well.")
+    )
+    fisher_type: str = field(
+        default="auto",
+        metadata=_help(
+            "Expectation over the labels: 'exact' over the model's own classes, 'sampled' from the "
+            "model, 'empirical' the true label, 'batched' squares of batch gradients; "
+            "'auto' is exact where classes are few, else sampled.",
+            choices=FISHER_CHOICES,
+        ),
+    )
+    fisher_samples: int | None = field(
+        default=200,
+        metadata=_help(
+            "Examples that the Fisher is estimated on; -1 (in Python also None) takes all."
+        ),
+    )
+    fisher_draws: int = field(
+        default=1, metadata=_help("Labels drawn for an example when fisher_type is 'sampled'.")
+    )
+    fisher_batch_size: int = field(
+        default=8, metadata=_help("Examples in a batch of the estimate; changes its speed only.")
+    )
+    fisher_stratified: bool = field(
+        default=False,
+        metadata=_help("Draw the examples evenly over the labels instead of at random."),
+    )
+    fisher_seed: int = field(
+        default=0, metadata=_help("Seed of the choice of examples and of sampled labels.")
+    )
+
+    def __post_init__(self) -> None:
+        self.ewc_lambda = _number("ewc_lambda", self.ewc_lambda, low=0.0)
+        self.ewc_gamma = _number("ewc_gamma", self.ewc_gamma, low=0.0, high=1.0)
+        self.ewc_lambda_growth = _number(
+            "ewc_lambda_growth", self.ewc_lambda_growth, low=0.0, open_low=True
+        )
+        self.ewc_keep_fraction = _number(
+            "ewc_keep_fraction", self.ewc_keep_fraction, low=0.0, high=1.0, open_low=True
+        )
+        _choice("ewc_mode", self.ewc_mode, MODES)
+        _choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
+        _choice("fisher_type", self.fisher_type, FISHER_CHOICES)
+        self.ewc_layer_lambdas = _layer_lambdas(self.ewc_layer_lambdas)
+        self.ewc_target_modules = _modules("ewc_target_modules", self.ewc_target_modules)
+        self.ewc_exclude_modules = _modules("ewc_exclude_modules", self.ewc_exclude_modules)
+        for name in ("ewc_offload", "ewc_log_groups", "fisher_stratified"):
+            _boolean(name, getattr(self, name))
+        if self.fisher_samples == -1:
+            self.fisher_samples = None
+        if self.fisher_samples is not None:
+            _integer("fisher_samples", self.fisher_samples, low=1, also="None or -1 for all")
+        _integer("fisher_draws", self.fisher_draws, low=1)
+        _integer("fisher_batch_size", self.fisher_batch_size, low=1)
+        _integer("fisher_seed", self.fisher_seed, low=0)
+
+    def lambdas(self, names: Iterable[str], num_tasks: int = 1) -> dict[str, float]:
+        """λ of each parameter after `num_tasks` consolidated tasks.
+
+        λ_i = λ(pattern of i, else ewc_lambda) · ewc_lambda_growth^(num_tasks − 1)
+
+        Raises:
+            ValueError: a pattern of `ewc_layer_lambdas` matches none of the names.
+        """
+        patterns = self.ewc_layer_lambdas if isinstance(self.ewc_layer_lambdas, dict) else None
+        growth = self.ewc_lambda_growth ** (max(num_tasks, 1) - 1)
+        values = layer_lambdas(names, patterns, self.ewc_lambda)
+        return {name: value * growth for name, value in values.items()}
+
+
+def _refuse(name: str, value: object, allowed: str) -> None:
+    raise ValueError(f"{name} is {value!r}; allowed is {allowed}.")
+
+
+def _number(
+    name: str, value: object, low: float, high: float = math.inf, open_low: bool = False
+) -> float:
+    allowed = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
+    allowed += f" and at most {high:g}" if high < math.inf else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        _refuse(name, value, allowed)
+    number = float(value)  # type: ignore[arg-type]
+    if number < low or number > high or (open_low and number == low):
+        _refuse(name, value, allowed)
+    return number
+
+
+def _integer(name: str, value: object, low: int, also: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        _refuse(name, value, f"an integer of at least {low}" + (f", or {also}" if also else ""))
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        _refuse(name, value, "True or False")
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        _refuse(name, value, "one of " + ", ".join(repr(choice) for choice in choices))
+
+
+def _layer_lambdas(value: object) -> dict[str, float] | None:
+    name, allowed = "ewc_layer_lambdas", "a dict from pattern to λ, or one as a JSON string"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is {value!r}, no JSON ({error}); give {allowed}.") from None
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
+        _refuse(name, value, allowed)
+    items: dict[str, object] = value  # type: ignore[assignment]
+    for pattern in filter(is_regex, items):
+        _valid_regex(name, pattern)
+    return {key: _number(f"{name}[{key!r}]", entry, low=0.0) for key, entry in items.items()}
+
+
+def _modules(name: str, value: object) -> list[str] | str | None:
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list, set, frozenset)):
+        entries = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+        if len(entries) == 1 and isinstance(entries[0], str):
+            only = entries[0]
+            if only.lower() == ALL_LINEAR or is_regex(only):
+                value = only
+    if isinstance(value, str):
+        if not value:
+            _refuse(name, value, "a list of module-name suffixes, a regular expression or None")
+        if value.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        _valid_regex(name, value)
+        return value
+    if (
+        not isinstance(value, (tuple, list, set, frozenset))
+        or not entries
+        or not all(isinstance(entry, str) and entry for entry in entries)
+    ):
+        _refuse(name, value, "a list of module-name suffixes, a regular expression or None")
+    return entries
+
+
+def _valid_regex(name: str, pattern: str) -> None:
+    try:
+        compiled_regex(pattern)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

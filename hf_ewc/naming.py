@@ -1,0 +1,237 @@
+"""Names of parameters: those of the unwrapped model, and which of them a pattern selects."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ALL_LINEAR = "all-linear"
+
+_WRAPPER_PARTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_REGEX_CHARACTERS = frozenset("*+?()[]{}|\\^$")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile`, DDP, FSDP1 and DeepSpeed wrappers.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    while True:
+        inner = _inner(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    # Compiled whole, the original is a submodule; compiled in regions, it is an attribute.
+    original = model._modules.get("_orig_mod") or model.__dict__.get("_orig_mod")
+    if isinstance(original, nn.Module):
+        return original
+    if isinstance(model, _wrapper_types()):
+        return model.get_submodule("module")
+    return None
+
+
+def _wrapper_types() -> tuple[type, ...]:
+    types: tuple[type, ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    # Looked up, not imported: a model can be wrapped by them only if they are loaded already.
+    for module, name in (
+        ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+        ("deepspeed", "DeepSpeedEngine"),
+    ):
+        wrapper = getattr(sys.modules.get(module), name, None)
+        if isinstance(wrapper, type):
+            types += (wrapper,)
+    return types
+
+
+def canonical_name(name: str) -> str:
+    """`name` without the parts that `torch.compile`, FSDP and activation checkpointing put in."""
+    for part in _WRAPPER_PARTS:
+        name = name.replace(part, "")
+    return name
+
+
+def parameters_by_name(model: nn.Module, trainable_only: bool = False) -> dict[str, nn.Parameter]:
+    """The parameters by their names in the unwrapped model, tied ones once, under the first name.
+
+    Args:
+        model: a module, wrapped or not.
+        trainable_only: leave out the parameters that do not require a gradient.
+    """
+    return {
+        canonical_name(name): parameter
+        for name, parameter in unwrap(model).named_parameters()
+        if parameter.requires_grad or not trainable_only
+    }
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, of which this process holds one shard (FSDP2)."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 has taken the values of `parameter` away (it is empty here)."""
+    return hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where ZeRO-3 holds it in parts."""
+    shape: Any = getattr(parameter, "ds_shape", parameter.shape)
+    return torch.Size(shape)
+
+
+def is_regex(pattern: str) -> bool:
+    """Whether `pattern` holds a character that module names do not have, such as `*` or `|`."""
+    return not _REGEX_CHARACTERS.isdisjoint(pattern)
+
+
+def select_parameters(
+    model: nn.Module,
+    target_modules: Sequence[str] | str | None = None,
+    exclude_modules: Sequence[str] | str | None = None,
+) -> list[str]:
+    """Names of the trainable parameters inside the modules that the patterns select.
+
+    The patterns follow PEFT: a list holds suffixes of module names ("q_proj", "layer.0.attention"),
+    a string is one regular expression that a whole module name must match, and "all-linear" stands
+    for every linear map but the output embedding. A module selects all parameters inside it; a
+    parameter's own name can be given as well ("bias", "cls_token").
+
+    Args:
+        model: a module, wrapped or not.
+        target_modules: what to take; None takes every trainable parameter.
+        exclude_modules: what to leave out of that; None leaves out nothing.
+
+    Raises:
+        ValueError: an entry matches nothing, a regular expression is invalid, nothing is left.
+    """
+    every = parameters_by_name(model)
+    trainable = [name for name, parameter in every.items() if parameter.requires_grad]
+    chosen = set(trainable)
+    if target_modules is not None:
+        chosen = _matched("target_modules", target_modules, model, trainable, "trainable parameter")
+    if exclude_modules is not None:
+        chosen -= _matched("exclude_modules", exclude_modules, model, list(every), "parameter")
+    if not chosen:
+        raise ValueError(
+            f"target_modules={target_modules!r} and exclude_modules={exclude_modules!r} leave none "
+            f"of the {len(trainable)} trainable parameters; select at least one."
+        )
+    return [name for name in trainable if name in chosen]
+
+
+def layer_lambdas(
+    names: Iterable[str], patterns: Mapping[str, float] | None, default: float
+) -> dict[str, float]:
+    """λ of each parameter: that of the longest pattern that matches it, else `default`.
+
+    A pattern is a suffix of the name of a module around the parameter, or of the parameter itself
+    ("encoder.layer.0", "bias"); with a character such as `*` or `|` it is a regular expression for
+    such a suffix (as in PEFT's `rank_pattern`). Of two patterns as long, the later one wins.
+
+    Raises:
+        ValueError: a pattern matches none of the names, or is an invalid regular expression.
+    """
+    values = dict.fromkeys(names, default)
+    for pattern, value in sorted((patterns or {}).items(), key=lambda item: len(item[0])):
+        matched = [name for name in values if _any_level(name, _suffix_matcher(pattern))]
+        if not matched:
+            raise ValueError(
+                f"ewc_layer_lambdas: {pattern!r} matches none of the {len(values)} protected "
+                f"parameters, such as {_examples(values)}."
+            )
+        values.update(dict.fromkeys(matched, value))
+    return values
+
+
+def _matched(
+    field: str, patterns: Sequence[str] | str, model: nn.Module, names: list[str], what: str
+) -> set[str]:
+    if isinstance(patterns, str) and patterns.lower() == ALL_LINEAR:
+        linear = _linear_modules(model)
+        return {name for name in names if _any_level(name, linear.__contains__)}
+    matchers = {
+        pattern: _whole_matcher(pattern) if isinstance(patterns, str) else _plain_matcher(pattern)
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    }
+    found: set[str] = set()
+    for pattern, matches in matchers.items():
+        hits = {name for name in names if _any_level(name, matches)}
+        if not hits:
+            kind = "regular expression" if isinstance(patterns, str) else "suffix"
+            raise ValueError(
+                f"{field}: the {kind} {pattern!r} matches no {what} of "
+                f"{type(unwrap(model)).__name__}; its parameters are named like {_examples(names)}."
+            )
+        found |= hits
+    return found
+
+
+def _any_level(name: str, matches: Callable[[str], bool]) -> bool:
+    """Whether `matches` holds for the parameter `name` or for any module around it."""
+    parts = name.split(".")
+    return any(matches(".".join(parts[:length])) for length in range(len(parts) + 1))
+
+
+def _plain_matcher(suffix: str) -> Callable[[str], bool]:
+    return lambda name: name == suffix or name.endswith(f".{suffix}")
+
+
+def _whole_matcher(pattern: str) -> Callable[[str], bool]:
+    regex = compiled_regex(pattern)
+    return lambda name: regex.fullmatch(name) is not None
+
+
+def _suffix_matcher(pattern: str) -> Callable[[str], bool]:
+    if not is_regex(pattern):
+        return _plain_matcher(pattern)
+    compiled_regex(pattern)
+    return _whole_matcher(rf"(?:.*\.)?(?:{pattern})")
+
+
+def compiled_regex(pattern: str) -> re.Pattern[str]:
+    """`pattern` compiled.
+
+    Raises:
+        ValueError: it is no regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is not a valid regular expression ({error}); for any text write '.*'."
+        ) from error
+
+
+def _linear_modules(model: nn.Module) -> set[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    inner = unwrap(model)
+    output = _output_embedding(inner)
+    return {
+        canonical_name(name)
+        for name, module in inner.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
+    }
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
+def _examples(names: Iterable[str], count: int = 3) -> str:
+    shown = list(names)
+    return ", ".join(shown[:count]) + (", …" if len(shown) > count else "") if shown else "(none)"
