@@ -1,0 +1,199 @@
+"""`estimate_fisher`: the diagonal Fisher information of a model on a data set."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_ewc import sharding
+from hf_ewc.fisher.diagonal import FISHER_TYPES, Fisher
+from hf_ewc.fisher.examples import Collator
+from hf_ewc.fisher.run import LogLikelihood, Plan, Run, warn_of_slowness
+from hf_ewc.fisher.sharded import ShardedRun, is_sharded
+from hf_ewc.fisher.sources import Request, source_of
+from hf_ewc.fisher.team import Team
+from hf_ewc.fisher.untouched import untouched
+from hf_ewc.naming import parameters_by_name, unwrap
+
+# Scores of fp16 models are scaled up so that small gradients do not underflow.
+_HALF_SCALE = 1024.0
+
+
+def estimate_fisher(
+    model: nn.Module,
+    data: Any,
+    *,
+    data_collator: Collator | None = None,
+    fisher_type: str = "auto",
+    num_samples: int | None = None,
+    batch_size: int = 8,
+    stratified: bool = False,
+    seed: int = 0,
+    parameters: Iterable[str] | None = None,
+    log_likelihood: LogLikelihood | None = None,
+    fallback: str = "warn",
+    accelerator: Accelerator | None = None,
+    num_draws: int = 1,
+) -> Fisher:
+    """Estimate the diagonal Fisher information of `model` on `data`, exactly per example.
+
+    F_i = (1/N) Σ_n E_y[(∂ log p(y | x_n, θ) / ∂θ_i)²]   (Kirkpatrick et al. 2017, arXiv 1612.00796)
+
+    log p of an example is the *sum* over its labelled positions; −100 and padding count nothing,
+    and an example without a labelled position is not counted in N. Estimated in eval mode. The
+    expectation over y (van de Ven 2025, arXiv 2502.11756) is
+
+    - "exact": over the model's own classes, C − 1 backward passes for C classes (one for two);
+    - "sampled": `num_draws` labels ỹ ~ p(· | x_n), one per position given the real prefix;
+    - "empirical": the true label;
+    - "batched": the square of the gradient summed over a batch (B times the squared batch mean;
+      no Fisher, for comparison with other libraries);
+    - "auto": exact where it takes at most 9 passes, sampled otherwise.
+
+    All examples of a batch take one backward, by interception of the forward's operations. That
+    every use of every parameter was accounted for is checked on each batch, and that examples
+    were kept apart on the first; where either fails, examples are run one by one.
+
+    Args:
+        model: any module; wrappers (DDP, compiled) are looked through.
+        data: a data set or sequence of examples, or an iterable of batches (dicts with labels). A
+            DataLoader over a whole data set stands for the data set: its sampler is not used.
+        data_collator: makes a batch of a list of examples; `default_data_collator` if None.
+        num_samples: how many examples are drawn, without replacement; None: all.
+        batch_size: examples per backward; it does not change the result, "batched" apart.
+        stratified: draw from each label in proportion to its share.
+        seed: of the draw of examples and of the sampled labels.
+        parameters: names to estimate; None: all that require a gradient.
+        log_likelihood: a function of (model, batch) that returns log p(y|x) of each example,
+            shape (B,), for heads that are not known here; taken as "empirical".
+        fallback: "warn" where the slower way is taken, or "error" to refuse it.
+        accelerator: whose processes each take their share of the examples; if None, those of
+            torch.distributed where it runs. All of them have to call this, with the same data.
+        num_draws: labels drawn per example for "sampled".
+
+    Returns:
+        The Fisher as a mean over the examples of all processes, fp32, by the names of the unwrapped
+        model, the same in every process; under FSDP2 as DTensors that lie like the parameters.
+
+    Raises:
+        ValueError: no usable examples, no labels, an unknown parameter name or Fisher type, a
+            likelihood or gradient that is not finite, a use not covered with fallback="error".
+        TypeError: batches or examples that are no dicts.
+        RuntimeError: another process has raised one of these.
+    """
+    _check_arguments(fisher_type, num_samples, batch_size, fallback, num_draws, log_likelihood)
+    plain = unwrap(model)
+    sharding.reshard(plain)
+    selected = _select(plain, parameters)
+    team = Team.of(accelerator, next(iter(selected.values())).device)
+    wanted = Request(num_samples, batch_size, stratified, seed, team.rank, team.size)
+    half = any(p.dtype == torch.float16 for p in selected.values())
+    scale = _HALF_SCALE if half else 1.0
+    plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale)
+    run_type = ShardedRun if is_sharded(selected) else Run
+    run = run_type(plain, selected, plan, team)
+    error = None
+    try:
+        with untouched(plain, selected):
+            source = source_of(data, data_collator, wanted)
+            run.consume(source, _progress_bar(source.expected, team))
+    except Exception as raised:
+        error = raised
+    team.raise_together(error)
+    _warn_of_others(run, team)
+    return _finished(run, team, plan, num_samples)
+
+
+def _progress_bar(total: int | None, team: Team) -> functools.partial[Any]:
+    return functools.partial(logging.tqdm, total=total, desc="Fisher", disable=team.rank > 0)
+
+
+def _warn_of_others(run: Run, team: Team) -> None:
+    """On the main process, what the others ran into and it did not."""
+    if not team.largest([run.slow_because is not None])[0]:
+        return
+    reasons = team.gather(run.slow_because)
+    if team.rank == 0 and run.slow_because is None:
+        warn_of_slowness(next(filter(None, reasons)), stacklevel=3)
+
+
+def _check_arguments(
+    fisher_type: str,
+    num_samples: int | None,
+    batch_size: int,
+    fallback: str,
+    num_draws: int,
+    log_likelihood: LogLikelihood | None,
+) -> None:
+    allowed = ("auto", *FISHER_TYPES)
+    if fisher_type not in allowed:
+        raise ValueError(f"fisher_type is {fisher_type!r}; allowed are {', '.join(allowed)}.")
+    if log_likelihood is not None and fisher_type in ("exact", "sampled"):
+        raise ValueError(
+            f"fisher_type={fisher_type!r} needs the distribution of labels, which log_likelihood "
+            "does not give; use 'empirical' or 'auto' with it."
+        )
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if num_draws < 1:
+        raise ValueError(f"num_draws is {num_draws}; it must be at least 1.")
+    if fallback not in ("warn", "error"):
+        raise ValueError(f"fallback is {fallback!r}; allowed are 'warn' and 'error'.")
+
+
+def _select(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
+    every = parameters_by_name(model)
+    if names is None:
+        selected = {name: p for name, p in every.items() if p.requires_grad}
+    else:
+        wanted = list(names)
+        if unknown := [name for name in wanted if name not in every]:
+            raise ValueError(
+                f"The model has no parameters {', '.join(map(repr, unknown[:5]))}; its names are "
+                f"like {', '.join(map(repr, list(every)[:3]))}."
+            )
+        selected = {name: every[name] for name in wanted}
+    if not selected:
+        raise ValueError(
+            "No parameter requires a gradient, so there is none to estimate the Fisher of. A PEFT "
+            "adapter loaded without is_trainable=True is frozen."
+        )
+    return selected
+
+
+def _finished(run: Run, team: Team, plan: Plan, num_samples: int | None) -> Fisher:
+    """The mean over the examples of all processes, checked in each of them."""
+    count = team.total(run.num_examples)
+    if count == 0:
+        raise ValueError(
+            "No usable examples: the data set is empty, or no example has a labelled position "
+            "(all labels are -100)."
+        )
+    if num_samples is not None and count < num_samples and team.rank == 0:
+        warnings.warn(
+            f"The Fisher was estimated on {count} examples, fewer than the {num_samples} asked "
+            "for: no more with a label were there.",
+            stacklevel=3,
+        )
+    divisor = count * plan.scale**2
+    diagonal = {name: total.div_(divisor).float() for name, total in run.totals().items()}
+    team.raise_together(_infinite(diagonal))
+    return Fisher(diagonal, count, run.fisher_type)
+
+
+def _infinite(diagonal: Mapping[str, Tensor]) -> ValueError | None:
+    for name, value in diagonal.items():
+        if not torch.isfinite(sharding.local_part(value)).all():
+            return ValueError(
+                f"The gradient of {name!r} is not finite, so its Fisher is not. Look for NaN in "
+                "the weights, or estimate in bf16 or fp32 instead of fp16."
+            )
+    return None

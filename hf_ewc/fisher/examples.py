@@ -1,0 +1,178 @@
+"""Which examples are used, and in which batches: chosen once, for all processes, from the seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LABEL_NAMES = ("labels", "label", "label_ids", "start_positions", "end_positions")
+Collator = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """A collated batch, and a number for each example that is the same on any process.
+
+    The last `padding` examples repeat others and count nothing.
+    """
+
+    inputs: dict[str, Any]
+    ids: list[int]
+    padding: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> ExampleBatch:
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        return ExampleBatch(moved, self.ids, self.padding)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether every tensor has one row per example, so that examples can be taken out."""
+        sizes = [v.shape[0] for v in self.inputs.values() if isinstance(v, Tensor) and v.dim()]
+        return all(size == len(self) for size in sizes)
+
+    def part(self, start: int, stop: int) -> ExampleBatch:
+        rows = {
+            name: value[start:stop] if isinstance(value, Tensor) and value.dim() else value
+            for name, value in self.inputs.items()
+        }
+        return ExampleBatch(rows, self.ids[start:stop])
+
+    def twice(self) -> ExampleBatch:
+        """The same examples and their repetition as padding."""
+        rows = {
+            name: torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
+            for name, value in self.inputs.items()
+        }
+        return ExampleBatch(rows, self.ids * 2, len(self) + self.padding)
+
+    def blank(self) -> ExampleBatch:
+        """The same batch as padding alone."""
+        return ExampleBatch(self.inputs, self.ids, len(self))
+
+
+def choose(
+    size: int, num_samples: int | None, seed: int, labels: Sequence[int] | None = None
+) -> list[int]:
+    """Indices drawn without replacement, in a fixed order; all of them where fewer are there.
+
+    Args:
+        size: the number of examples.
+        num_samples: how many to draw; None: all.
+        labels: if given, each label gets its share of the draw (largest remainders).
+    """
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    if num_samples is None or num_samples >= size:
+        return sorted(order)
+    if labels is None:
+        return sorted(order[:num_samples])
+    groups: dict[int, list[int]] = {}
+    for index in order:
+        groups.setdefault(labels[index], []).append(index)
+    shares = {label: num_samples * len(group) / size for label, group in groups.items()}
+    counts = {label: int(share) for label, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda label: counts[label] - shares[label])
+    for label in by_remainder[: num_samples - sum(counts.values())]:
+        counts[label] += 1
+    return sorted(index for label, n in counts.items() for index in groups[label][:n])
+
+
+def uniforms(seed: int, example: int, draw: int, count: int) -> Tensor:
+    """`count` uniform numbers in [0, 1) of one example, whatever its batch or process."""
+    digest = hashlib.blake2b(f"{seed} {example} {draw}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def batches_of_examples(
+    data: Any, indices: Sequence[int], collator: Collator, batch_size: int
+) -> Iterator[ExampleBatch]:
+    """Collate the chosen examples of an indexable data set."""
+    for start in range(0, len(indices), batch_size):
+        ids = list(indices[start : start + batch_size])
+        yield ExampleBatch(as_mapping(collator([data[i] for i in ids])), ids)
+
+
+def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[ExampleBatch]:
+    """Batches that come collated, cut off after `num_samples` examples."""
+    seen = 0
+    for raw in data:
+        inputs = as_mapping(raw)
+        size = batch_length(inputs)
+        batch = ExampleBatch(inputs, list(range(seen, seen + size)))
+        if num_samples is not None and seen + size > num_samples:
+            batch = batch.part(0, num_samples - seen)
+        if len(batch):
+            yield batch
+        seen += size
+        if num_samples is not None and seen >= num_samples:
+            return
+
+
+def as_mapping(batch: Any) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"A batch is a {type(batch).__name__}; needed is a dict of the model's arguments with "
+            "their labels. Give a data set of dicts, or a data_collator that makes them."
+        )
+    return dict(batch)
+
+
+def batch_length(inputs: Mapping[str, Any]) -> int:
+    """B, from the labels if there are any."""
+    names = sorted(inputs, key=lambda name: "label" not in name)
+    for name in names:
+        if isinstance(inputs[name], Tensor) and inputs[name].dim():
+            return int(inputs[name].shape[0])
+    raise ValueError(f"A batch holds no tensors: {', '.join(inputs) or 'it is empty'}.")
+
+
+def looks_collated(first: Any) -> bool:
+    """Whether an element of a list is a batch rather than an example.
+
+    In a batch all tensors have as many rows as there are labels, and some tensor has further axes.
+    """
+    if not isinstance(first, Mapping):
+        return False
+    tensors = {name: value for name, value in first.items() if isinstance(value, Tensor)}
+    labels = next((tensors[name] for name in LABEL_NAMES if name in tensors), None)
+    if labels is None or labels.dim() == 0:
+        return False
+    rows = {tensor.shape[0] if tensor.dim() else None for tensor in tensors.values()}
+    return rows == {labels.shape[0]} and any(tensor.dim() > 1 for tensor in tensors.values())
+
+
+def labels_of(data: Any, indices: Iterable[int]) -> list[int]:
+    """The class of each example, for stratified draws.
+
+    Raises:
+        ValueError: examples have no single integer label.
+    """
+    labels = []
+    for index in indices:
+        example = data[index]
+        value = next(
+            (example[name] for name in ("labels", "label", "label_ids") if name in example), None
+        )
+        if value is None or (isinstance(value, Tensor) and value.numel() != 1):
+            raise ValueError(
+                "Stratified draws need one class per example in 'labels' or 'label'; example "
+                f"{index} holds {', '.join(map(str, example))}. Use stratified=False."
+            )
+        if isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"Stratified draws need one class per example; example {index} has a list of "
+                f"{len(value)}. Use stratified=False."
+            )
+        labels.append(int(value))
+    return labels

@@ -1,0 +1,83 @@
+"""Contractions spelled as `einsum`, of the batch with one parameter.
+
+The letters of the parameter W are paired (p: also in x and in the result), contracted (k: also in
+x, not in the result) or its own (o); those of x alone are free (t). Then
+
+    y[b, p, t, o] = Σ_k x[b, p, t, k] W[p, k, o],
+
+a matrix product for each p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from hf_ewc.fisher.interception import Interception
+from hf_ewc.fisher.operations.elementwise import batched
+from hf_ewc.fisher.operations.linear import times_weight
+from hf_ewc.fisher.operations.registry import covers
+from hf_ewc.fisher.rows import Uncovered
+
+
+@covers("einsum")
+def _handle_einsum(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    equation, operands = args[0], args[1:]
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
+        raise Uncovered
+    letters, result = equation.replace(" ", "").split("->")
+    of_x, of_weight = letters.split(",")
+    x, weight = operands
+    if context.is_shared(x):
+        x, weight, of_x, of_weight = weight, x, of_weight, of_x
+    if "..." in of_x and "..." in result:
+        leading = "ABCDEFGH"[: x.dim() - len(of_x) + 3]
+        of_x, result = of_x.replace("...", leading), result.replace("...", leading)
+    spelled_out = f"{of_x}{of_weight}{result}"
+    if not context.is_used(weight) or "." in spelled_out or result[:1] != of_x[:1]:
+        raise Uncovered
+    if any(len(set(word)) < len(word) for word in (of_x, of_weight, result)):
+        raise Uncovered
+    if of_x[0] in of_weight:  # a row of the parameter for each row of x
+        if of_weight[0] != of_x[0]:
+            raise Uncovered
+        rows = batched(context, weight, x, rank=weight.dim())
+        return func(f"{of_x},{of_weight}->{result}", x, rows)
+    return _contract(context, x, of_x, weight, of_weight, result)
+
+
+def _contract(
+    context: Interception, x: Tensor, of_x: str, weight: Tensor, of_weight: str, result: str
+) -> Tensor:
+    paired = [letter for letter in of_weight if letter in of_x and letter in result]
+    contracted = [letter for letter in of_weight if letter in of_x and letter not in result]
+    own = [letter for letter in of_weight if letter not in of_x]
+    free = [letter for letter in of_x[1:] if letter not in of_weight]
+    sizes = {
+        **dict(zip(of_x, x.shape, strict=True)),
+        **dict(zip(of_weight, weight.shape, strict=True)),
+    }
+    if set(result) != {of_x[0], *paired, *free, *own}:  # a letter summed within one operand
+        raise Uncovered
+
+    def size(group: list[str]) -> int:
+        return math.prod(sizes[letter] for letter in group)
+
+    pairs = [size(paired)] if paired else []
+    order = [of_x[0], *paired, *free, *contracted]
+    rows = x.permute([of_x.index(letter) for letter in order])
+    rows = rows.reshape(x.shape[0], *pairs, size(free), size(contracted))
+    matrix = weight.permute([of_weight.index(letter) for letter in (*paired, *contracted, *own)])
+    matrix = matrix.reshape(*pairs, size(contracted), size(own))
+    product = times_weight(context, context.follow(rows, x), matrix)
+    found = [of_x[0], *paired, *free, *own]
+    product = product.reshape([sizes[letter] for letter in found])
+    return product.permute([found.index(letter) for letter in result])

@@ -1,0 +1,184 @@
+"""Convolutions of any dimension, stride, padding, dilation and number of groups.
+
+∂/∂W of example n is the convolution's own weight gradient on that example alone. Patch embeddings,
+where windows do not overlap, are linear maps of the unfolded patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ewc.fisher.interception import Interception
+from hf_ewc.fisher.ledger import Site
+from hf_ewc.fisher.operations.linear import linear
+from hf_ewc.fisher.operations.registry import argument, covers, detached, open_if_used, unviewed
+from hf_ewc.fisher.parts import DensePart, Part
+from hf_ewc.fisher.rows import Uncovered
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution whose weight gradient is taken example by example."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        root: Tensor,
+        context: Interception,
+        sites: tuple[Site | None, Site | None],
+        settings: tuple[Any, ...],
+    ) -> Tensor:
+        ctx.context, ctx.sites, ctx.settings = context, sites, settings
+        ctx.save_for_backward(x, weight)
+        return unviewed(torch.convolution(x, weight, bias, *settings))
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = outputs
+        x, weight = ctx.saved_tensors
+        weight_site, bias_site = ctx.sites
+        num_examples = ctx.context.num_examples
+        if weight_site is not None:
+            examples = zip(gradient.chunk(num_examples), x.chunk(num_examples), strict=True)
+            pairs = [(g, v) for g, v in examples]
+            weight_site.deliver(ConvolutionPart(pairs, weight, ctx.settings))
+        if bias_site is not None:
+            rows = gradient.flatten(2).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
+            bias_site.deliver(DensePart(rows.reshape(num_examples, -1, rows.shape[-1]).sum(1)))
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            of_input = _gradients(gradient, x, weight, ctx.settings, of_weight=False)
+        return of_input, None, None, None, None, None, None
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, settings: tuple[Any, ...], *, of_weight: bool
+) -> Tensor:
+    """The convolution's own backward: its gradient in the weight, or in the input."""
+    wanted = [not of_weight, of_weight, False]
+    gradients = torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, wanted)
+    chosen: Tensor = gradients[1 if of_weight else 0]
+    return chosen
+
+
+@dataclass(frozen=True)
+class ConvolutionPart(Part):
+    """G_n, the weight gradient of example n: `examples` holds its (g, x)."""
+
+    examples: list[tuple[Tensor, Tensor]]
+    weight: Tensor
+    settings: tuple[Any, ...]
+
+    def add_to(self, gradient: Tensor, example: int) -> None:
+        g, x = self.examples[example]
+        gradient.add_(_gradients(g, x, self.weight, self.settings, of_weight=True))
+
+
+@covers("conv1d", "conv2d", "conv3d")
+def _handle_convolution(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    x, weight, bias = _operands(context, args, kwargs)
+    axes = weight.dim() - 2
+    stride = _per_axis(argument(args, kwargs, 3, "stride", 1), axes)
+    padding = argument(args, kwargs, 4, "padding", 0)
+    dilation = _per_axis(argument(args, kwargs, 5, "dilation", 1), axes)
+    groups = argument(args, kwargs, 6, "groups", 1)
+    if isinstance(padding, str):
+        padding = _named_padding(padding, weight.shape[2:], dilation)
+    padding = _per_axis(padding, axes)
+    side_by_side = stride == list(weight.shape[2:]) and not any(padding)
+    if side_by_side and groups == 1 and all(step == 1 for step in dilation):
+        return _patch_embedding(context, x, weight, bias)
+    settings = stride, padding, dilation, False, [0] * axes, groups
+    return _convolve(context, x, weight, bias, settings)
+
+
+@covers("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _handle_transposed(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    x, weight, bias = _operands(context, args, kwargs)
+    axes = weight.dim() - 2
+    stride, padding, output_padding = (
+        _per_axis(argument(args, kwargs, i, name, default), axes)
+        for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
+    )
+    groups = argument(args, kwargs, 6, "groups", 1)
+    dilation = _per_axis(argument(args, kwargs, 7, "dilation", 1), axes)
+    settings = stride, padding, dilation, True, output_padding, groups
+    return _convolve(context, x, weight, bias, settings)
+
+
+def _operands(
+    context: Interception, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight, bias = (
+        argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias"))
+    )
+    shared = context.is_shared(weight) and (bias is None or context.is_shared(bias))
+    if not shared or context.is_shared(x) or x.dim() != weight.dim():
+        raise Uncovered
+    if context.gathered_owners(x) is not None or x.dtype != weight.dtype:
+        raise Uncovered
+    context.rows_per_example(x)
+    return x, weight, bias
+
+
+def _convolve(
+    context: Interception,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: tuple[Any, ...],
+) -> Tensor:
+    sites = open_if_used(context, weight), open_if_used(context, bias)
+    output: Tensor = _Convolution.apply(
+        x, weight.detach(), detached(bias), context.root, context, sites, settings
+    )
+    return output
+
+
+def _patch_embedding(
+    context: Interception, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Windows side by side: y = W · patch for each, the patches being a reshape of x."""
+    kernel = list(weight.shape[2:])
+    counts = [size // k for size, k in zip(x.shape[2:], kernel, strict=True)]
+    for axis, (count, k) in enumerate(zip(counts, kernel, strict=True), start=2):
+        x = x.narrow(axis, 0, count * k)
+    split = [size for pair in zip(counts, kernel, strict=True) for size in pair]
+    axes = len(kernel)
+    places = [2 + 2 * axis for axis in range(axes)]
+    inside = [3 + 2 * axis for axis in range(axes)]
+    patches = x.reshape(*x.shape[:2], *split).permute(0, *places, 1, *inside)
+    patches = context.follow(patches.reshape(x.shape[0], -1, weight[0].numel()), x)
+    output = linear(context, patches, weight.flatten(1), bias)
+    return output.transpose(1, 2).reshape(x.shape[0], weight.shape[0], *counts)
+
+
+def _per_axis(value: Any, axes: int) -> list[int]:
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    return values * axes if len(values) == 1 else values
+
+
+def _named_padding(name: str, kernel: torch.Size, dilation: list[int]) -> list[int]:
+    if name == "valid":
+        return [0] * len(kernel)
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(total % 2 for total in totals):  # "same" then pads one side more
+        raise Uncovered
+    return [total // 2 for total in totals]

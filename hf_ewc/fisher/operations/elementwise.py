@@ -1,0 +1,200 @@
+"""Parameters used as they are: position embeddings, class tokens, scales, bias tables.
+
+Broadcasting over the batch sums the gradient over examples; so the parameter is first expanded to
+p_n = p, one copy (a view) per example, and the gradient of p_n is the example's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ewc.fisher.interception import Interception
+from hf_ewc.fisher.ledger import Site
+from hf_ewc.fisher.operations.registry import argument, covers
+from hf_ewc.fisher.parts import DensePart, LookupPart, RowPart
+from hf_ewc.fisher.rows import Uncovered
+
+
+class _Expand(torch.autograd.Function):
+    """p → (B, *p.shape); the backward delivers one gradient per example.
+
+    Where p = W[indices] was looked up with indices common to all examples, the part is W's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        root: Tensor,
+        num_examples: int,
+        site: Site | None,
+        indices: Tensor | None,
+    ) -> Tensor:
+        ctx.site, ctx.indices = site, indices
+        return value.unsqueeze(0).expand(num_examples, *value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[None, ...]:
+        (gradient,) = outputs
+        if ctx.site is not None and ctx.indices is None:
+            ctx.site.deliver(DensePart(gradient))
+        elif ctx.site is not None:
+            rows = ctx.indices.reshape(1, -1).expand(gradient.shape[0], -1)
+            flat = gradient.reshape(gradient.shape[0], -1, gradient.shape[-1])
+            ctx.site.deliver(LookupPart(rows, flat))
+        return None, None, None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    """A tensor from parameters whose rows already belong to examples: p (R, …)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, root: Tensor, owners: Tensor, site: Site | None) -> Tensor:
+        ctx.site, ctx.owners = site, owners
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[None, ...]:
+        (gradient,) = outputs
+        if ctx.site is not None:
+            ctx.site.deliver(RowPart(gradient, ctx.owners))
+        return None, None, None, None
+
+
+def batched(
+    context: Interception, used: Tensor, reference: Tensor, rank: int | None = None
+) -> Tensor:
+    """`used` with an axis of examples, so that it broadcasts against `reference` (R, …).
+
+    The result has `rank` axes, by default those of `reference`.
+    """
+    rank = reference.dim() if rank is None else rank
+    if context.gathered_owners(reference) is None:
+        context.rows_per_example(reference)
+    if used.dim() == rank and used.shape[0] == reference.shape[0]:
+        if used.stride(0) != 0:
+            return _row_by_row(context, used, reference)
+        used = used.narrow(0, 0, 1)
+    if used.dim() == rank:
+        if used.shape[0] != 1:
+            raise Uncovered
+        expanded = _expand(context, used).squeeze(1)
+    elif used.dim() < rank:
+        ones = [1] * (rank - 1 - used.dim())
+        expanded = _expand(context, used)
+        expanded = expanded.reshape(context.num_examples, *ones, *used.shape)
+    else:
+        raise Uncovered
+    if reference.shape[0] == context.num_examples and context.gathered_owners(reference) is None:
+        return expanded
+    return expanded.index_select(0, context.owners(reference))
+
+
+def _expand(context: Interception, used: Tensor) -> Tensor:
+    looked_up = context.lookups.get(used)
+    weight, indices = looked_up if looked_up is not None else (used, None)
+    site = context.open(weight)
+    output: Tensor = _Expand.apply(used.detach(), context.root, context.num_examples, site, indices)
+    return output
+
+
+def _row_by_row(context: Interception, used: Tensor, reference: Tensor) -> Tensor:
+    site = context.open(used)
+    output: Tensor = _Rows.apply(used.detach(), context.root, context.owners(reference), site)
+    return output
+
+
+def _reference(context: Interception, operands: Sequence[Any]) -> Tensor:
+    """The operand that carries examples along the first axis of the result."""
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    rank = max(tensor.dim() for tensor in tensors)
+    carriers = [t for t in tensors if not context.is_shared(t) and t.dim() == rank and rank > 0]
+    if not carriers:
+        raise Uncovered
+    return max(carriers, key=lambda tensor: tensor.shape[0])
+
+
+_BINARY = "add sub mul div true_divide pow maximum minimum"
+_REFLECTED = "__radd__ __rsub__ __rmul__ __rtruediv__ __rdiv__ __rpow__ __pow__ rsub"
+_OPERATORS = "__add__ __sub__ __mul__ __truediv__ __div__"
+_IN_PLACE = "add_ sub_ mul_ div_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__"
+_TERNARY = "where addcmul lerp"
+
+
+@covers(*" ".join((_BINARY, _REFLECTED, _OPERATORS, _IN_PLACE, _TERNARY)).split())
+def _handle_elementwise(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    in_place = func.__name__ in _IN_PLACE.split()
+    if in_place and context.is_shared(args[0]):
+        raise Uncovered
+    reference = _reference(context, [*args, *kwargs.values()])
+
+    def prepare(value: Any) -> Any:
+        return batched(context, value, reference) if context.is_used(value) else value
+
+    return func(*map(prepare, args), **{name: prepare(value) for name, value in kwargs.items()})
+
+
+@covers("cat", "concat", "concatenate", "stack")
+def _handle_concatenation(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    tensors = list(args[0] if args else kwargs["tensors"])
+    axis = argument(args, kwargs, 1, "dim", 0)
+    reference = _reference(context, tensors)
+    if axis % (reference.dim() + (func.__name__ == "stack")) == 0:
+        raise Uncovered
+    if any(tensor.shape[0] != reference.shape[0] for tensor in tensors):
+        raise Uncovered
+    prepared = [
+        batched(context, tensor, reference) if context.is_used(tensor) else tensor
+        for tensor in tensors
+    ]
+    widest = [tensor.expand(reference.shape[0], *tensor.shape[1:]) for tensor in prepared]
+    return func(widest, dim=axis)
+
+
+@covers("scaled_dot_product_attention")
+def _handle_attention(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Learnt queries (poolers, perceivers), and a learnt bias on the scores (T5, Swin) as mask."""
+    names = ("query", "key", "value", "attn_mask")
+    operands = [argument(args, kwargs, i, name) for i, name in enumerate(names)]
+    carriers = [tensor for tensor in operands[:3] if not context.is_shared(tensor)]
+    if not carriers:
+        raise Uncovered
+    prepared = [
+        batched(context, operand, carriers[0]) if context.is_used(operand) else operand
+        for operand in operands
+    ]
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    return func(*prepared, *args[4:], **options)
+
+
+def multiply(context: Interception, x: Tensor, scale: Any) -> Tensor:
+    """x · scale, where scale may be a parameter."""
+    return x * (batched(context, scale, x) if _is_parameter(scale) else scale)
+
+
+def add(context: Interception, x: Tensor, shift: Any) -> Tensor:
+    """x + shift, where shift may be a parameter."""
+    return x + (batched(context, shift, x) if _is_parameter(shift) else shift)
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad

@@ -1,0 +1,77 @@
+"""Mixtures of experts: rows sorted by expert, each block multiplied by its expert's weight.
+
+For the rows R_ne that example n sends to expert e, ∂/∂W_e of example n = Σ_{r ∈ R_ne} x_r g_rᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ewc.fisher.interception import Interception
+from hf_ewc.fisher.ledger import Site
+from hf_ewc.fisher.operations.registry import argument, covers
+from hf_ewc.fisher.parts import RaggedPart
+from hf_ewc.fisher.rows import Uncovered
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """y_r = x_r W_e for the rows r of each expert e, given by the offsets where blocks end."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        root: Tensor,
+        owners: Tensor,
+        num_examples: int,
+        bounds: list[tuple[int, int]],
+        sites: list[Site | None],
+    ) -> Tensor:
+        ctx.owners, ctx.num_examples, ctx.bounds, ctx.sites = owners, num_examples, bounds, sites
+        ctx.save_for_backward(x, weight)
+        output = x.new_zeros(x.shape[0], weight.shape[-1])
+        for expert, (start, stop) in enumerate(bounds):
+            if start < stop:
+                torch.mm(x[start:stop], weight[expert], out=output[start:stop])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = outputs
+        x, weight = ctx.saved_tensors
+        of_input = torch.zeros_like(x)
+        for expert, (start, stop) in enumerate(ctx.bounds):
+            if start == stop:
+                continue
+            g, rows = gradient[start:stop], x[start:stop]
+            torch.mm(g, weight[expert].T, out=of_input[start:stop])
+            site, owners = ctx.sites[expert], ctx.owners[start:stop]
+            if site is not None:
+                site.deliver(RaggedPart(g, rows, owners, ctx.num_examples))
+        return of_input, None, None, None, None, None, None
+
+
+@covers("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+def _handle_grouped(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    x, weight, offsets = args[0], args[1], argument(args, kwargs, 2, "offs")
+    if x.dim() != 2 or weight.dim() != 3 or offsets is None or not context.is_shared(weight):
+        raise Uncovered
+    stops = offsets.tolist()
+    bounds = list(zip([0, *stops[:-1]], stops, strict=True))
+    sites = [
+        context.open(weight[expert].t()) if start < stop else None
+        for expert, (start, stop) in enumerate(bounds)
+    ]
+    owners = context.owners(x)
+    arguments = context.root, owners, context.num_examples, bounds, sites
+    return _GroupedProduct.apply(x, weight.detach(), *arguments)

@@ -1,0 +1,114 @@
+"""Look-ups of rows: embeddings and indexing with indices from the batch.
+
+With indices i_nt and output gradients g_nt, ∂/∂W[v] of example n = Σ_t [i_nt = v] g_nt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_ewc.fisher.interception import Interception
+from hf_ewc.fisher.ledger import Site
+from hf_ewc.fisher.operations.registry import argument, covers, unviewed
+from hf_ewc.fisher.parts import LookupPart, RowLookupPart
+from hf_ewc.fisher.rows import Uncovered
+
+
+class _Lookup(torch.autograd.Function):
+    """y = W[indices]; the padding row takes no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        indices: Tensor,
+        weight: Tensor,
+        root: Tensor,
+        context: Interception,
+        site: Site | None,
+        owners: Tensor | None,
+        padding: int | None,
+    ) -> Tensor:
+        ctx.context, ctx.site, ctx.owners, ctx.padding = context, site, owners, padding
+        ctx.save_for_backward(indices)
+        return unviewed(F.embedding(indices, weight))
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[None, ...]:
+        (gradient,) = outputs
+        (indices,) = ctx.saved_tensors
+        if ctx.padding is not None:
+            gradient = gradient.masked_fill((indices == ctx.padding).unsqueeze(-1), 0.0)
+        if ctx.site is None:
+            return (None,) * 7
+        if ctx.owners is not None:
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            ctx.site.deliver(RowLookupPart(indices.flatten(), flat, ctx.owners))
+        else:
+            rows = indices.reshape(ctx.context.num_examples, -1)
+            ctx.site.deliver(LookupPart(rows, ctx.context.per_example(gradient)))
+        return (None,) * 7
+
+
+def look_up(
+    context: Interception, indices: Tensor, weight: Tensor, padding: int | None = None
+) -> Tensor:
+    """weight[indices] for a weight (V, D) and integer indices that carry examples."""
+    if weight.dim() != 2 or indices.dim() == 0 or indices.is_floating_point():
+        raise Uncovered
+    owners = context.gathered_owners(indices)
+    if owners is None:
+        context.rows_per_example(indices)
+    elif indices.dim() > 1:
+        raise Uncovered
+    site = context.open(weight)
+    output: Tensor = _Lookup.apply(
+        indices, weight.detach(), context.root, context, site, owners, padding
+    )
+    return output
+
+
+@covers("embedding")
+def _handle_embedding(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if func is not F.embedding:
+        raise Uncovered
+    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    options = {name: argument(args, kwargs, i, name) for i, name in enumerate(names, start=2)}
+    if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
+        raise Uncovered
+    indices, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+    padding = options["padding_idx"]
+    if padding is not None and padding < 0:
+        padding += weight.shape[0]
+    return look_up(context, indices, weight, padding)
+
+
+@covers("__getitem__", "index_select")
+def _handle_indexing(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    weight, indices = args[0], args[-1]
+    if func.__name__ == "index_select" and args[1] != 0:
+        raise Uncovered
+    if not context.is_used(weight) or not isinstance(indices, Tensor):
+        raise Uncovered
+    if indices.dtype == torch.bool or indices.is_floating_point():
+        raise Uncovered
+    if indices.dim() == 0:  # one row, chosen by the data: a view, as if chosen by a number
+        return context.share(weight[int(indices)])
+    rows = weight.reshape(weight.shape[0], -1)
+    wrapped = context.follow(indices % weight.shape[0], indices)
+    picked = look_up(context, wrapped, rows)
+    return picked.reshape(*indices.shape, *weight.shape[1:])

@@ -1,0 +1,138 @@
+"""Normalizations: y = x̂ · w + b, where x̂ depends on no parameter.
+
+∂/∂w of example n = Σ_t g_nt x̂_nt and ∂/∂b = Σ_t g_nt. Layer norm keeps its fused kernels; the
+others are normalized without affine parameters, which are then applied element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_ewc.fisher.interception import Interception
+from hf_ewc.fisher.ledger import Site
+from hf_ewc.fisher.operations.elementwise import add, multiply
+from hf_ewc.fisher.operations.registry import argument, covers, detached, open_if_used
+from hf_ewc.fisher.parts import DensePart
+from hf_ewc.fisher.rows import Uncovered
+
+
+class _LayerNorm(torch.autograd.Function):
+    """The fused layer norm over the last axes, for x (B·k, …)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shape: list[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        root: Tensor,
+        context: Interception,
+        sites: tuple[Site | None, Site | None],
+    ) -> Tensor:
+        output, mean, scale = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.shape, ctx.context, ctx.sites = shape, context, sites
+        ctx.save_for_backward(x, mean, scale, weight, bias)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = outputs
+        x, mean, scale, weight, bias = ctx.saved_tensors
+        weight_site, bias_site = ctx.sites
+        rows = (ctx.context.num_examples, -1, *ctx.shape)
+        if weight_site is not None:
+            product = (x - mean).mul_(scale).mul_(gradient)
+            weight_site.deliver(DensePart(product.reshape(rows).sum(1)))
+        if bias_site is not None:
+            bias_site.deliver(DensePart(gradient.reshape(rows).sum(1)))
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            of_input, _, _ = torch.ops.aten.native_layer_norm_backward(
+                gradient, x, ctx.shape, mean, scale, weight, bias, [True, False, False]
+            )
+        return of_input, None, None, None, None, None, None, None
+
+
+@covers("layer_norm")
+def _handle_layer_norm(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    x, shape = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "normalized_shape")
+    weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
+    eps = argument(args, kwargs, 4, "eps", 1e-5)
+    if func is not F.layer_norm:
+        raise Uncovered
+    plain = context.gathered_owners(x) is None and x.dim() > len(shape)
+    if plain and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        context.rows_per_example(x)
+        sites = open_if_used(context, weight), open_if_used(context, bias)
+        arguments = x, list(shape), detached(weight), detached(bias), eps
+        return _LayerNorm.apply(*arguments, context.root, context, sites)
+    normalized = F.layer_norm(x, shape, None, None, eps)
+    return _affine(context, normalized, weight, bias, like=x)
+
+
+@covers("rms_norm")
+def _handle_rms_norm(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    x, shape = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "normalized_shape")
+    weight, eps = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "eps")
+    return _affine(context, F.rms_norm(x, shape, None, eps), weight, None, like=x)
+
+
+@covers("group_norm")
+def _handle_group_norm(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    x, groups = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "num_groups")
+    weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
+    eps = argument(args, kwargs, 4, "eps", 1e-5)
+    normalized = F.group_norm(x, groups, None, None, eps)
+    return _affine(context, normalized, _per_channel(weight, x), _per_channel(bias, x), like=x)
+
+
+@covers("batch_norm")
+def _handle_batch_norm(
+    context: Interception,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Batch norm with its running statistics; with the batch's own, examples are coupled."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    x, mean, variance, weight, bias, training = (
+        argument(args, kwargs, i, name) for i, name in enumerate(names)
+    )
+    if training or func is not F.batch_norm or mean is None:
+        raise Uncovered
+    eps = argument(args, kwargs, 7, "eps", 1e-5)
+    normalized = F.batch_norm(x, mean, variance, None, None, False, 0.0, eps)
+    return _affine(context, normalized, _per_channel(weight, x), _per_channel(bias, x), like=x)
+
+
+def _per_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.view(-1, *[1] * (x.dim() - 2))
+
+
+def _affine(context: Interception, x: Tensor, weight: Any, bias: Any, *, like: Tensor) -> Tensor:
+    context.follow(x, like)
+    if weight is not None:
+        x = context.follow(multiply(context, x, weight), like)
+    return x if bias is None else add(context, x, bias)

@@ -1,0 +1,248 @@
+"""One estimate under way: from batches to sums of squares."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc.fisher.engine import (
+    BatchGradient,
+    Engine,
+    OneBackward,
+    OneByOne,
+    UncoveredUse,
+    disagreeing,
+)
+from hf_ewc.fisher.examples import ExampleBatch, uniforms
+from hf_ewc.fisher.likelihood import IGNORED, Bernoulli, Categorical, Distribution, Gaussian, Joint
+from hf_ewc.fisher.outputs import LabelReader
+from hf_ewc.fisher.sources import Source
+from hf_ewc.fisher.team import Team
+
+# `auto` takes the exact expectation up to this many backward passes, and samples above.
+MAX_EXACT_PASSES = 9
+
+LogLikelihood = Callable[[nn.Module, dict[str, Any]], Tensor]
+# Shows how far the batches have come.
+ProgressBar = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the Fisher is to be taken.
+
+    Args:
+        fisher_type, seed, num_draws, fallback, log_likelihood: see `estimate_fisher`.
+        scale: of the objectives, divided out of the squares at the end.
+    """
+
+    fisher_type: str = "auto"
+    seed: int = 0
+    num_draws: int = 1
+    fallback: str = "warn"
+    log_likelihood: LogLikelihood | None = None
+    scale: float = 1.0
+
+
+class Run:
+    """The engine in use, and the examples counted so far, of one process.
+
+    Args:
+        model: the unwrapped model, in eval mode.
+        parameters: those to estimate the Fisher of, by name.
+        plan: how.
+        team: the processes that take part, each with its share of the examples.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], plan: Plan, team: Team
+    ) -> None:
+        self.num_examples = 0
+        self.fisher_type = plan.fisher_type
+        self.slow_because: str | None = None
+        self._model = model
+        self._parameters = parameters
+        self._plan = plan
+        self._team = team
+        self._reader = LabelReader(model)
+        self._device = next(iter(parameters.values())).device
+        self._verified = plan.fisher_type == "batched"
+        self._engine: Engine = self._first_engine()
+
+    def _first_engine(self) -> Engine:
+        if self._plan.fisher_type == "batched":
+            return BatchGradient(self._model, self._parameters)
+        return OneBackward(self._model, self._parameters)
+
+    def consume(self, source: Source, bar: ProgressBar) -> None:
+        """Add up the squares of all batches of this process."""
+        self._settle_type(source)
+        for batch in bar(source.batches):
+            self.add(batch.to(self._device))
+
+    def totals(self) -> dict[str, Tensor]:
+        """Σ over the examples of all processes of the squared gradients, by name."""
+        totals = self._engine.totals()
+        self._team.add_up(totals)
+        return totals
+
+    def _settle_type(self, source: Source) -> None:
+        """What "auto" means in all processes, by an example that all of them have."""
+        first = source.first() if self.fisher_type == "auto" and self._team.size > 1 else None
+        if first is None:
+            return
+        with torch.no_grad():
+            next(self._objectives(first.to(self._device)))
+        self.num_examples = 0
+        # A single example may not tell how labels are shifted: that is found by the first batch.
+        self._reader = LabelReader(self._model)
+
+    def _settled_type(self, distribution: Distribution) -> str:
+        """By the very first example, so that it does not depend on the size of the batches."""
+        if self.fisher_type != "auto":
+            return self.fisher_type
+        few = _of_first_example(distribution).num_exact_passes <= MAX_EXACT_PASSES
+        return "exact" if few else "sampled"
+
+    def add(self, batch: ExampleBatch) -> None:
+        if not self._verified and len(batch) > 1:
+            self._verify(batch)
+        if isinstance(self._engine, OneBackward) and len(batch) == 1:
+            OneByOne(self._model, self._parameters, self._engine.totals()).add(
+                batch, self._objectives
+            )
+        else:
+            self._add(batch)
+
+    def _add(self, batch: ExampleBatch) -> None:
+        counted = self.num_examples
+        try:
+            self._engine.add(batch, self._objectives)
+        except UncoveredUse as uncovered:
+            self.num_examples = counted
+            self._fall_back(f"these parameters are used in ways it does not cover: {uncovered}")
+            self._engine.add(batch, self._objectives)
+
+    def _verify(self, batch: ExampleBatch) -> None:
+        counted = self.num_examples
+        try:
+            wrong = self._disagreeing(batch)
+            if wrong:
+                self._fall_back(f"it differs from single examples in {', '.join(wrong[:5])}")
+        except UncoveredUse as uncovered:
+            self._fall_back(f"these parameters are used in ways it does not cover: {uncovered}")
+        self.num_examples, self._verified = counted, True
+
+    def _disagreeing(self, batch: ExampleBatch) -> list[str]:
+        return disagreeing(self._model, self._parameters, batch, self._objectives)
+
+    def _fall_back(self, reason: str) -> None:
+        self.slow_because = f"is not exact for {type(self._model).__name__}: {reason}."
+        if self._plan.fallback == "error":
+            raise ValueError(
+                f"The one-backward Fisher {self.slow_because} Use fallback='warn' to run examples "
+                "one by one, or select other parameters."
+            )
+        if self._team.rank == 0:
+            warn_of_slowness(self.slow_because, stacklevel=3)
+        self._engine = self._slow_engine()
+
+    def _slow_engine(self) -> Engine:
+        return OneByOne(self._model, self._parameters, self._engine.totals())
+
+    def _objectives(self, batch: ExampleBatch) -> Iterator[Tensor]:
+        """Forward, then one scalar per backward pass, checked and scaled."""
+        kept = torch.arange(len(batch), device=self._device) < len(batch) - batch.padding
+        if self._plan.log_likelihood is not None:
+            values = _checked_values(self._plan.log_likelihood(self._model, batch.inputs), batch)
+            self.num_examples += len(batch) - batch.padding
+            self.fisher_type = "batched" if self._plan.fisher_type == "batched" else "empirical"
+            values = torch.where(kept, values, values.detach()) if batch.padding else values
+            yield values.sum() * self._plan.scale
+            return
+        distribution = self._reader.distribution(batch.inputs)
+        if batch.padding:
+            distribution = _without_padding(distribution, kept)
+        self.num_examples += int((distribution.labelled & kept).sum())
+        self.fisher_type = self._settled_type(distribution)
+        for objective in self._passes(distribution, batch.ids):
+            yield _checked_objective(objective, batch) * self._plan.scale
+
+    def _passes(self, distribution: Distribution, ids: Sequence[int]) -> Iterator[Tensor]:
+        if self.fisher_type == "exact":
+            yield from distribution.exact()
+        elif self.fisher_type == "sampled":
+            for draw in range(self._plan.num_draws):
+
+                def numbers(count: int, n: int, draw: int = draw) -> Tensor:
+                    return uniforms(self._plan.seed, ids[n], draw, count)
+
+                yield distribution.sampled(numbers) / self._plan.num_draws**0.5
+        else:
+            yield distribution.empirical()
+
+
+def warn_of_slowness(reason: str, stacklevel: int) -> None:
+    """Say that the one-backward engine is not used, and why."""
+    warnings.warn(
+        f"The one-backward Fisher {reason} Examples are run one by one, which is exact and slower.",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def scores(distribution: Distribution) -> Tensor:
+    """An output of the model that carries its graph."""
+    if isinstance(distribution, Joint):
+        return scores(distribution.parts[0])
+    if isinstance(distribution, Gaussian):
+        return distribution.means
+    if isinstance(distribution, (Categorical, Bernoulli)):
+        return distribution.logits
+    raise TypeError(f"{type(distribution).__name__} is no distribution that is known here.")
+
+
+def _of_first_example(distribution: Distribution) -> Distribution:
+    if isinstance(distribution, Joint):
+        return Joint([_of_first_example(part) for part in distribution.parts])
+    if isinstance(distribution, Categorical):
+        return Categorical(distribution.logits[:1], distribution.labels[:1])
+    return distribution
+
+
+def _without_padding(distribution: Distribution, kept: Tensor) -> Distribution:
+    """No gradient, and for classes no label, of the examples that are not `kept`, (B,) bool."""
+    if isinstance(distribution, Joint):
+        return Joint([_without_padding(part, kept) for part in distribution.parts])
+    if isinstance(distribution, Categorical):
+        labels = distribution.labels.masked_fill(~kept.unsqueeze(1), IGNORED)
+        return replace(distribution, labels=labels)
+    outputs = scores(distribution)
+    cut = torch.where(kept.unsqueeze(1), outputs, outputs.detach())
+    if isinstance(distribution, Gaussian):
+        return replace(distribution, means=cut)
+    if isinstance(distribution, Bernoulli):
+        return replace(distribution, logits=cut)
+    return distribution
+
+
+def _checked_objective(objective: Tensor, batch: ExampleBatch) -> Tensor:
+    if not torch.isfinite(objective):
+        raise ValueError(
+            f"The log-likelihood is {objective.item()} on the batch of examples {batch.ids}; the "
+            "Fisher needs finite outputs. Look for NaN in the weights or in these examples."
+        )
+    return objective
+
+
+def _checked_values(values: Tensor, batch: ExampleBatch) -> Tensor:
+    if values.shape != (len(batch),):
+        raise ValueError(
+            f"log_likelihood returned shape {tuple(values.shape)} for {len(batch)} examples; it "
+            "must return log p(y|x) of each, shape (batch,)."
+        )
+    return _checked_objective(values.sum(), batch).new_zeros(()) + values

@@ -1,0 +1,106 @@
+"""The processes that estimate one Fisher together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+# Elements that are summed over processes in one call: 64 MiB of fp32.
+BUCKET_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process among `size`; every method is a call that all of them make, in the same order.
+
+    Args:
+        rank: the number of this process.
+        size: how many processes take part; with one, nothing is sent.
+        device: where small tensors go that are sent.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | str = "cpu"
+
+    @classmethod
+    def of(cls, accelerator: Accelerator | None, device: torch.device) -> Team:
+        """The processes of `accelerator`, or those of torch.distributed where it runs."""
+        if accelerator is not None:
+            return cls(accelerator.process_index, accelerator.num_processes, accelerator.device)
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls()
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over the processes."""
+        if self.size == 1:
+            return list(values)
+        sent = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(sent, dist.ReduceOp.MAX)
+        return [int(value) for value in sent.tolist()]
+
+    def total(self, value: int) -> int:
+        """The sum of a count over the processes."""
+        return int(self.sums([value], torch.int64)[0])
+
+    def sums(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[float]:
+        """The sum of each value over the processes."""
+        if self.size == 1:
+            return list(values)
+        sent = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(sent)
+        return list(sent.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add_up(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, in the tensors' own precision."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(list(tensors.values())):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(summed.view(tensor.shape))
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise in every process what one of them has met, so that none waits for the others.
+
+        Raises:
+            Exception: this process's own error.
+            RuntimeError: the error of another process, by its text.
+        """
+        if not self.largest([error is not None])[0]:
+            return
+        texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        rank = next(rank for rank, text in enumerate(texts) if text is not None)
+        raise RuntimeError(f"The Fisher was given up, since process {rank} met {texts[rank]}")
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors one after another in groups of about BUCKET_ELEMENTS, each of one dtype."""
+    buckets: list[list[Tensor]] = []
+    filled = 0
+    for tensor in tensors:
+        alike = buckets and buckets[-1][0].dtype == tensor.dtype
+        if not alike or filled + tensor.numel() > BUCKET_ELEMENTS:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(tensor)
+        filled += tensor.numel()
+    return buckets

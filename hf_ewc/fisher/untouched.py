@@ -1,0 +1,153 @@
+"""Leaves a model exactly as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Eval mode, with a gradient for the `selected` parameters alone; all put back at the end.
+
+    Kept: parameters, `.grad` (set aside, not written to), `requires_grad`, the mode of each
+    module, buffers, `config.use_cache`, and the random states of Python, NumPy and torch.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_random_states())
+        stack.enter_context(_buffers(model))
+        stack.enter_context(_modes(model))
+        stack.enter_context(_gradients(model, selected))
+        stack.enter_context(_no_cache(model))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextlib.contextmanager
+def checkpointing(model: nn.Module, contexts: Callable[[], Any]) -> Iterator[None]:
+    """Keeps gradient checkpointing on in eval mode, always of the non-reentrant kind.
+
+    `transformers` checkpoints in train mode only; without this the estimate would need more memory
+    than training does.
+
+    Args:
+        contexts: returns the contexts of the first run and of the recomputation.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+        and hasattr(module, "_gradient_checkpointing_func")
+        and _is_checkpointed_layer(module)
+    ]
+    originals = {layer: layer.__dict__.get("forward") for layer in layers}
+    for layer in layers:
+        layer.forward = _checkpointed(layer.forward, contexts)
+    try:
+        yield
+    finally:
+        for layer, original in originals.items():
+            if original is None:
+                del layer.forward
+            else:
+                layer.forward = original
+
+
+def _is_checkpointed_layer(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Bound, so that the second run sees the same tensor objects as the first.
+        bound = functools.partial(forward, *args, **kwargs)
+        return checkpoint(bound, use_reentrant=False, context_fn=contexts)
+
+    return run
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what data sets use)
+    try:
+        with torch.random.fork_rng(device_type=_accelerator_type()):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _accelerator_type() -> str:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cuda" if device is None else device.type
+
+
+@contextlib.contextmanager
+def _buffers(model: nn.Module) -> Iterator[None]:
+    before = [
+        (module, name, buffer, None if buffer is None else (buffer._version, buffer.clone()))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, saved in before:
+            module._buffers[name] = buffer
+            if isinstance(buffer, Tensor) and saved is not None and buffer._version != saved[0]:
+                with torch.no_grad():
+                    buffer.copy_(saved[1])
+
+
+@contextlib.contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _gradients(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    chosen = {id(parameter) for parameter in selected.values()}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """Key-value caches off: they cost memory, and a recomputed layer would write them twice."""
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            configs[id(config)] = config
+    caching = list(configs.values())
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
