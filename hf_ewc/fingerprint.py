@@ -1,0 +1,113 @@
+"""What a LoRA or other PEFT adapter stands on: its kind, and samples of the frozen weights below.
+
+The parameters of an adapter mean something only together with the base model that they were
+trained on. Merging them into the base and wrapping it anew gives the same names and shapes with
+another meaning; names and shapes alone cannot tell, the base weights can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc.naming import is_partitioned, is_sharded, parameters_by_name, unwrap
+
+SAMPLES = 256
+"""Values that are sampled of each base parameter."""
+
+
+def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """The fingerprint of `model` for a state that holds the parameters `names`.
+
+    Returns:
+        "model": the class, for people to read. For a model with PEFT adapters also "adapters": the
+        PEFT type by adapter name; "free": further parameters that are trained and not part of the
+        base; "base": a hash of the base, None where its values are not all in this process (FSDP2,
+        ZeRO-3).
+    """
+    found: dict[str, Any] = {"model": _class_name(model)}
+    adapters = _adapters(model)
+    if adapters:
+        parameters = parameters_by_name(model)
+        found["adapters"] = {
+            adapter: kind
+            for adapter, kind in adapters.items()
+            if any(adapter in name.split(".") for name in names)
+        }
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        base = set(_base(parameters, adapters))
+        found["free"] = sorted(base & (trained | set(names)))
+        found["base"] = _hash(_base(parameters, adapters, found["free"]))
+    return found
+
+
+def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """How `model` differs from the model whose fingerprint was recorded, one phrase each."""
+    wanted: Mapping[str, str] = recorded.get("adapters") or {}
+    if not wanted:
+        return []
+    adapters = _adapters(model)
+    problems = [
+        f"adapter {name!r}: {kind} at consolidation, {adapters.get(name, 'not there')} now"
+        for name, kind in wanted.items()
+        if adapters.get(name) != kind
+    ]
+    if problems or recorded.get("base") is None:
+        return problems
+    now = _hash(_base(parameters_by_name(model), adapters, recorded.get("free") or ()))
+    if now is not None and now != recorded["base"]:
+        problems.append(
+            "the weights under the adapter are not those of the consolidation: the adapter was "
+            "merged and the model wrapped anew, or it stands on another base model. Go on with the "
+            "same base and adapter, or begin a new state."
+        )
+    return problems
+
+
+def _class_name(model: nn.Module) -> str:
+    inner = unwrap(model)
+    base = getattr(inner, "get_base_model", None)
+    return type(base() if callable(base) else inner).__name__
+
+
+def _adapters(model: nn.Module) -> dict[str, str]:
+    """PEFT type by adapter name, for PEFT's own wrapper and for `model.add_adapter`."""
+    inner = unwrap(model)
+    configs = getattr(inner, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return {}
+    kinds = {name: getattr(config, "peft_type", None) for name, config in configs.items()}
+    return {name: str(getattr(kind, "value", kind)) for name, kind in kinds.items()}
+
+
+def _base(
+    parameters: Mapping[str, Tensor], adapters: Collection[str], free: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The parameters that belong to no adapter: an adapter's carry its name as a part of theirs."""
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name not in free and not any(part in adapters for part in name.split("."))
+    }
+
+
+def _hash(parameters: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 of names, shapes and evenly spaced values in bf16, so that it is the same in any
+    precision that the base is loaded in; None where values are missing in this process."""
+    if any(is_sharded(p) or is_partitioned(p) or p.is_meta for p in parameters.values()):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in sorted(parameters.items()):
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(_sample(parameter).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    values = parameter.detach().reshape(-1)
+    stride = max(1, values.numel() // SAMPLES)
+    return values[::stride][:SAMPLES].to(torch.bfloat16)

@@ -1,0 +1,560 @@
+"""The state that is carried from task to task: one quadratic that stands for all tasks so far."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc import fingerprint, hub, packing, sharding, storage
+from hf_ewc.fisher.diagonal import Fisher
+from hf_ewc.naming import canonical_name, full_shape, is_partitioned, parameters_by_name, unwrap
+from hf_ewc.packing import PackedTensor, TensorMap
+from hf_ewc.processes import is_main_process as is_main
+
+MODES = ("online", "separate")
+
+Parameters = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What is known of one consolidated task.
+
+    Args:
+        name: the task's name.
+        num_examples: examples that its Fisher was estimated on.
+        fisher_type: "exact", "sampled", "empirical" or "batched".
+        weight: w, by which its Fisher was multiplied.
+        date: when it was consolidated, ISO 8601 in UTC.
+    """
+
+    name: str
+    num_examples: int
+    fisher_type: str
+    weight: float
+    date: str
+
+
+@dataclass(frozen=True)
+class EWCState:
+    """Importance A, anchor c and offset of ½ Σ_i A_i (θ_i − c_i)² + offset, an immutable value.
+
+    One such quadratic stands exactly for the sum of the penalties ½ Σ_k w_k F_k (θ − θ*_k)² of any
+    number of tasks (`consolidate`). `EWCState()` is the empty state, whose penalty is 0.
+
+    Args:
+        importance: A by parameter name, at least 0, read in fp32; tensors given are copied.
+        anchor: c by parameter name, shaped as A, held in its own dtype, read in fp32 or fp64.
+        offsets: the constant by parameter name, 0 where none is given.
+        tasks: what was consolidated, in order.
+        metadata: further facts, as JSON would hold them, such as the fingerprint of the base model.
+
+    Names are those of the unwrapped model, without the parts that wrappers put in.
+
+    Raises:
+        ValueError: an importance is below 0 or not finite, an anchor is not finite, the names or
+            shapes of both differ, an offset is below 0, not finite or of an unknown name, or the
+            metadata are not JSON.
+        TypeError: an entry is not a floating-point tensor.
+    """
+
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    anchor: Mapping[str, Tensor] = field(default_factory=dict)
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    tasks: tuple[TaskRecord, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        importance = _held("importance", self.importance, torch.float32)
+        anchor = _held("anchor", self.anchor, None)
+        offsets = {canonical_name(name): float(value) for name, value in self.offsets.items()}
+        _validate(importance, anchor, offsets)
+        values = {
+            "importance": importance,
+            "anchor": anchor,
+            "offsets": {name: offsets.get(name, 0.0) for name in importance},
+            "tasks": tuple(self.tasks),
+            "metadata": _json_copy(self.metadata),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __bool__(self) -> bool:
+        """False for the empty state, which protects nothing."""
+        return len(self.importance) > 0
+
+    @property
+    def offset(self) -> float:
+        """The constant of the quadratic: the penalty of all tasks together at the anchor."""
+        return math.fsum(self.offsets.values())
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks were consolidated."""
+        return len(self.tasks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that this process holds; sparse positions are counted once."""
+        return sum(
+            importance.nbytes + packing.local(anchor.values).nbytes
+            for importance, anchor in map(self.packed, self.importance)
+        )
+
+    def packed(self, name: str) -> tuple[PackedTensor, PackedTensor]:
+        """Importance and anchor of one parameter as they are held; sparse ones share `indices`."""
+        return _map(self.importance).packed(name), _map(self.anchor).packed(name)
+
+    def consolidate(
+        self,
+        fisher: Fisher,
+        parameters: Parameters,
+        *,
+        mode: str = "online",
+        gamma: float = 1.0,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> EWCState:
+        """The state after one more task with Fisher F and parameters θ*.
+
+        separate (Kirkpatrick et al. 2017, arXiv 1612.00796; the sum of all tasks' penalties):
+            A' = γA + wF,   c' = c + (wF / A')(θ* − c) where A' > 0, else θ*,
+            offset' = γ offset + ½ Σ γA (wF / A') (θ* − c)²
+        online (Schwarz et al. 2018, arXiv 1805.06370):
+            A' = γA + wF,   c' = θ*,   offset' = 0
+
+        A parameter that the state has and the Fisher lacks takes part with F = 0.
+
+        Args:
+            fisher: F, a mean over the task's examples.
+            parameters: θ*: the model, a mapping by name, or pairs of name and tensor, with every
+                name of the state and of the Fisher. The new tensors are copies and lie where they
+                lie, in fp32 (an anchor that is θ* in θ*'s own dtype). Of a model the fingerprint
+                is checked against the state's and recorded.
+            mode: "online" or "separate".
+            gamma: γ, decay of what the state holds, from 0 to 1.
+            weight: w ≥ 0 of this task.
+            name: of the task; by default "task_1", "task_2", ….
+
+        Raises:
+            ValueError: a value out of its range, a name missing in `parameters`, another shape, an
+                anchor that would not be finite, or another base model than before.
+        """
+        _check_arguments(fisher, mode, gamma, weight)
+        values = _parameter_values(parameters)
+        new = {canonical_name(key): value for key, value in fisher.diagonal.items()}
+        names = list(dict.fromkeys((*self.importance, *new)))
+        _refuse_misfits(
+            "The parameters do not fit the state and the Fisher",
+            _misfits({name: tensor.shape for name, tensor in new.items()}, values, "the Fisher")
+            + _misfits(_shapes(self.importance), values, "the state"),
+        )
+        importance, anchor, offsets = {}, {}, {}
+        for key in names:
+            old = self._quadratic(key, values[key])
+            importance[key], anchor[key], offsets[key] = _combined(
+                old, new.get(key), values[key], mode, gamma, weight
+            )
+        record = TaskRecord(
+            name=f"task_{self.num_tasks + 1}" if name is None else name,
+            num_examples=fisher.num_examples,
+            fisher_type=fisher.fisher_type,
+            weight=float(weight),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        metadata = dict(self.metadata)
+        if isinstance(parameters, nn.Module):
+            self._check_fingerprint(parameters)
+            metadata["fingerprint"] = fingerprint.of_model(parameters, names)
+        return EWCState(
+            TensorMap({key: packing.dense(value) for key, value in importance.items()}),
+            TensorMap({key: packing.dense(value) for key, value in anchor.items()}),
+            offsets,
+            (*self.tasks, record),
+            metadata,
+        )
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """½ Σ_i A_i (θ_i − c_i)² + offset as a differentiable 0-dim tensor, without λ.
+
+        Computed in fp32, for fp64 parameters in fp64, on the device of the model. Under FSDP2 every
+        process has to call it, and each gets the whole sum.
+
+        Raises:
+            ValueError: the model lacks a parameter of the state or has it in another shape.
+        """
+        parameters = parameters_by_name(model)
+        self._check_names(model, values_needed=True)
+        terms = [_half_square(*self.packed(name), parameters[name]) for name in self.importance]
+        if not terms:
+            device = next((p.device for p in parameters.values()), torch.device("cpu"))
+            return torch.zeros((), device=device)
+        device = terms[0].device
+        return torch.stack([term.to(device) for term in terms]).sum() + self.offset
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless this state belongs to `model`; every mismatch is named at once.
+
+        Compares names and shapes of parameters and, for a PEFT model, the kind of adapter and
+        samples of the base weights under it, as they were at the last consolidation.
+
+        Raises:
+            ValueError: a parameter is missing or has another shape, or the base model is another.
+        """
+        self._check_names(model, values_needed=False)
+        self._check_fingerprint(model)
+
+    def pack(
+        self, dtype: torch.dtype | str = torch.float32, keep_fraction: float = 1.0
+    ) -> EWCState:
+        """The same state in less memory.
+
+        The importance is held in `dtype`; in half precision with one scale per parameter, so that
+        no positive importance becomes 0. The anchor keeps its precision. With `keep_fraction` below
+        1 only the largest ⌈share · entries⌉ importances of the whole state are kept (those that are
+        0 never), with their anchors, as sparse tensors; all others are unprotected from then on.
+        A parameter of which so much is kept that sparse would be larger is held dense.
+
+        Raises:
+            ValueError: another dtype than float32, bfloat16 or float16, a share outside (0, 1], or
+                DTensors with a share below 1.
+        """
+        dtype = _state_dtype(dtype)
+        if not 0.0 < keep_fraction <= 1.0:
+            raise ValueError(
+                f"keep_fraction is {keep_fraction!r}; allowed is a share above 0, at most 1."
+            )
+        importance, anchor = self._packed_maps()
+        if keep_fraction < 1.0:
+            importance, anchor = packing.largest(importance, anchor, keep_fraction, dtype)
+        importance = {name: packing.cast_to(packed, dtype) for name, packed in importance.items()}
+        return replace(self, importance=TensorMap(importance), anchor=TensorMap(anchor))
+
+    def grow_rows(self, model: nn.Module, names: Iterable[str]) -> EWCState:
+        """The state with the new last rows of grown parameters admitted, unprotected.
+
+        For a classifier or an embedding that got more rows since: there A = 0 and c = θ, and the
+        earlier rows stay as they are.
+
+        Args:
+            model: the model that has the grown parameters.
+            names: which ones to admit; only these are changed.
+
+        Raises:
+            ValueError: a name is not in the state or the model, or more than its rows changed.
+        """
+        parameters = parameters_by_name(model)
+        importance, anchor = self._packed_maps()
+        for name in map(canonical_name, names):
+            if name not in importance or name not in parameters:
+                where = "the state" if name not in importance else type(unwrap(model)).__name__
+                raise ValueError(f"grow_rows: {name!r} is not a parameter of {where}.")
+            theta = packing.gathered(parameters[name].detach())
+            old, new = importance[name].shape, theta.shape
+            if len(old) != len(new) or not old or old[1:] != new[1:] or old[0] > new[0]:
+                raise ValueError(
+                    f"grow_rows: {name!r} is {list(old)} in the state, {list(new)} in the model; "
+                    "only the number of rows may have grown."
+                )
+            importance[name] = packing.with_rows(importance[name], torch.zeros_like(theta))
+            anchor[name] = packing.with_rows(anchor[name], theta)
+        return replace(self, importance=TensorMap(importance), anchor=TensorMap(anchor))
+
+    def to(self, device: torch.device | str) -> EWCState:
+        """The same state with its tensors on `device`."""
+        return replace(
+            self, importance=_map(self.importance).to(device), anchor=_map(self.anchor).to(device)
+        )
+
+    def with_metadata(self, **entries: Any) -> EWCState:
+        """The same state with these entries added to its metadata."""
+        return replace(self, metadata={**self.metadata, **entries})
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], is_main_process: bool | None = None
+    ) -> None:
+        """Write the state to a folder, as `ewc_state.json` and one safetensors file.
+
+        At any moment, also if the process is killed, the folder holds the whole former state or the
+        whole new one. Called by every process, it is written once.
+
+        Args:
+            folder: made if it is not there.
+            is_main_process: whether this process writes; None: rank 0 does. The others take part
+                in gathering DTensors, and are not held up until the files are there.
+        """
+        if is_main_process is None:
+            is_main_process = is_main()
+        tasks = [asdict(task) for task in self.tasks]
+        content = storage.Content(
+            _map(self.importance), _map(self.anchor), self.offsets, tasks, self.metadata
+        )
+        written = storage.save(
+            content, Path(folder), is_main_process, self.__dict__.get("_written")
+        )
+        # Not a field: what is known of the tensor file spares writing it again to the same folder.
+        object.__setattr__(self, "_written", written)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> EWCState:
+        """Read a state from a folder (also a Trainer's checkpoint) or from the Hugging Face Hub.
+
+        The tensors are on the CPU, mapped from the file where the platform can.
+
+        Raises:
+            ValueError: there is no state, a file is damaged or missing, or its format is newer than
+                this version reads; the message says which.
+        """
+        folder = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir)
+        content = storage.load(folder)
+        try:
+            tasks = tuple(TaskRecord(**task) for task in content.tasks)
+        except TypeError as error:
+            raise ValueError(f"{folder}: the records of tasks are damaged ({error}).") from None
+        return cls(content.importance, content.anchor, content.offsets, tasks, content.metadata)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload EWC state",
+        create_pr: bool = False,
+    ) -> str | None:
+        """Upload the state to a model repository of the Hugging Face Hub, made if it is not there.
+
+        The model card gets the tag `ewc` and a section on the state; what else it says is kept.
+
+        Called by every process, it is uploaded once, by rank 0.
+
+        Returns:
+            The address of the commit; None on the processes that upload nothing.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if not is_main():
+                return None
+            return hub.push(
+                Path(folder),
+                self.card_section(),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    def card_section(self, settings: Mapping[str, object] | None = None) -> str:
+        """The section on this state for a model card, in Markdown.
+
+        Args:
+            settings: further lines, such as {"λ": 1000.0}.
+        """
+        size = sum(shape.numel() for shape in _shapes(self.importance).values())
+        facts: dict[str, object] = {
+            "Protected": f"{size:,} parameters in {len(self.importance)} tensors",
+            "Size": f"{self.nbytes / 2**20:.1f} MiB",
+            **(settings or {}),
+        }
+        return hub.card_section([asdict(task) for task in self.tasks], facts)
+
+    def _packed_maps(self) -> tuple[dict[str, PackedTensor], dict[str, PackedTensor]]:
+        pairs = {name: self.packed(name) for name in self.importance}
+        return (
+            {name: importance for name, (importance, _) in pairs.items()},
+            {name: anchor for name, (_, anchor) in pairs.items()},
+        )
+
+    def _quadratic(self, name: str, like: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        if name not in self.importance:
+            return None
+        importance, anchor = self.importance[name], self.anchor[name]
+        return (
+            packing.place_like(importance, like),
+            packing.place_like(anchor, like),
+            self.offsets[name],
+        )
+
+    def _check_names(self, model: nn.Module, values_needed: bool) -> None:
+        shapes, parameters = _shapes(self.importance), parameters_by_name(model)
+        _refuse_misfits(
+            f"The state does not fit {type(unwrap(model)).__name__}",
+            _misfits(shapes, parameters, "the state", values_needed),
+            "Rows that a classifier or an embedding has gained are admitted by state.grow_rows.",
+        )
+
+    def _check_fingerprint(self, model: nn.Module) -> None:
+        recorded = self.metadata.get("fingerprint")
+        if isinstance(recorded, Mapping):
+            problems = fingerprint.mismatches(recorded, model)
+            _refuse_misfits("The state belongs to another model", problems)
+
+
+def _combined(
+    old: tuple[Tensor, Tensor, float] | None,
+    fisher: Tensor | None,
+    parameter: Tensor,
+    mode: str,
+    gamma: float,
+    weight: float,
+) -> tuple[Tensor, Tensor, float]:
+    """A', c' and offset' of one parameter; the equations of `EWCState.consolidate`."""
+    theta = parameter.detach()
+    if fisher is None:
+        new = torch.zeros_like(theta, dtype=torch.float32)
+    else:
+        new = weight * packing.place_like(fisher, theta).float()
+    if old is None:
+        return new, _copy(theta), 0.0
+    earlier, anchor, offset = old
+    earlier = gamma * earlier
+    total = earlier + new
+    if mode == "online":
+        return total, _copy(theta), 0.0
+    dtype = torch.promote_types(theta.dtype, torch.float32)
+    step = theta.to(dtype) - anchor.to(dtype)
+    protected = total > 0
+    share = torch.where(protected, new / total, 1.0)
+    moved = torch.where(protected, anchor + share * step, theta.to(dtype))
+    added = packing.gathered((earlier * share * step * step).sum(dtype=torch.float64))
+    return total, moved, gamma * offset + 0.5 * added.item()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _half_square(importance: PackedTensor, anchor: PackedTensor, theta: Tensor) -> Tensor:
+    """½ Σ A (θ − c)² over the entries that are held, with a graph."""
+    if importance.indices is not None:
+        theta = packing.gathered(theta).flatten()[importance.indices.to(theta.device).long()]
+    dtype = torch.promote_types(theta.dtype, torch.float32)
+    strength = packing.place_like(importance.kept(), theta).to(dtype)
+    distance = theta.to(dtype) - packing.place_like(anchor.kept(), theta).to(dtype)
+    return packing.gathered(0.5 * (strength * distance * distance).sum())
+
+
+def _map(tensors: Mapping[str, Tensor]) -> TensorMap:
+    """`tensors` as what `__post_init__` has made of them."""
+    if not isinstance(tensors, TensorMap):
+        raise TypeError(f"Expected a TensorMap, got {type(tensors).__name__}.")
+    return tensors
+
+
+def _held(kind: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> TensorMap:
+    """`tensors` as a TensorMap: as it is, or copies in `dtype` (None: their own)."""
+    if isinstance(tensors, TensorMap):
+        return tensors
+    held = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(
+                f"The {kind} of {name!r} must be a floating-point tensor, got {value!r:.80}."
+            )
+        held[canonical_name(name)] = packing.dense(_copy(value).to(dtype or value.dtype))
+    return TensorMap(held)
+
+
+def _validate(importance: TensorMap, anchor: TensorMap, offsets: Mapping[str, float]) -> None:
+    problems = [f"{name}: has an importance, no anchor" for name in importance.keys() - anchor]
+    problems += [f"{name}: has an anchor, no importance" for name in anchor.keys() - importance]
+    for name in importance.keys() & anchor:
+        strength, center = importance.packed(name), anchor.packed(name)
+        if strength.shape != center.shape:
+            shapes = f"{list(strength.shape)}, the anchor {list(center.shape)}"
+            problems.append(f"{name}: the importance is {shapes}")
+        problems += [f"{name}: the importance {problem}" for problem in strength.problems(True)]
+        problems += [f"{name}: the anchor {problem}" for problem in center.problems(False)]
+    for name, value in offsets.items():
+        if name not in importance:
+            problems.append(f"{name}: has an offset, no importance")
+        if not 0.0 <= value < math.inf:
+            problems.append(f"{name}: the offset is {value}; it is finite and at least 0")
+    _refuse_misfits("The importances and anchors make no state", sorted(problems))
+
+
+def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be what JSON can hold: {error}.") from error
+    return copy
+
+
+def _check_arguments(fisher: Fisher, mode: str, gamma: float, weight: float) -> None:
+    if not isinstance(fisher, Fisher):
+        raise TypeError(f"fisher must be a Fisher, got {type(fisher).__name__}.")
+    if not fisher.diagonal:
+        raise ValueError("The Fisher has no parameters; estimate it for at least one.")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma is {gamma!r}; allowed is a number from 0 to 1.")
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(f"weight is {weight!r}; allowed is a finite number of at least 0.")
+
+
+def _parameter_values(parameters: Parameters) -> dict[str, Tensor]:
+    if isinstance(parameters, nn.Module):
+        return {name: sharding.values(p) for name, p in parameters_by_name(parameters).items()}
+    pairs = parameters.items() if isinstance(parameters, Mapping) else parameters
+    return {canonical_name(name): value for name, value in pairs}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: _map(tensors).packed(name).shape for name in tensors}
+
+
+def _misfits(
+    needed: Mapping[str, torch.Size],
+    parameters: Mapping[str, Tensor],
+    owner: str,
+    values_needed: bool = True,
+) -> list[str]:
+    """What of `needed`, the shapes that `owner` has, is not so in `parameters`."""
+    problems = []
+    for name, shape in needed.items():
+        if name not in parameters:
+            problems.append(f"{name}: in {owner}, not among the parameters")
+        elif values_needed and is_partitioned(parameters[name]):
+            problems.append(f"{name}: held in parts by DeepSpeed ZeRO-3; gather it first")
+        elif full_shape(parameters[name]) != shape:
+            seen = list(full_shape(parameters[name]))
+            problems.append(f"{name}: {list(shape)} in {owner}, {seen} among the parameters")
+    return problems
+
+
+def _refuse_misfits(title: str, problems: list[str], hint: str = "") -> None:
+    if not problems:
+        return
+    shown, rest = problems[:10], len(problems) - 10
+    lines = [f"{title}:", *shown, *([f"and {rest} more"] if rest > 0 else [])]
+    raise ValueError("\n  ".join(lines) + (f"\n{hint}" if hint else ""))
+
+
+def _state_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    name = str(dtype).removeprefix("torch.")
+    if name not in allowed:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(allowed)}.")
+    return allowed[name]
