@@ -1,0 +1,75 @@
+"""DeepSpeed, whose engine takes the optimizer's step inside ``backward``, on ZeRO's gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ewc import sharding
+from hf_ewc.penalty import Penalty, Term
+from hf_ewc.quadratic import Piece, value_and_gradient
+
+
+def before_each_step(engine: Any, action: Callable[[], None]) -> None:
+    """Call ``action`` before each optimizer step of ``engine``, when gradients are reduced.
+
+    Called by Accelerate at the end of an accumulation window only. An action given earlier is
+    replaced.
+    """
+    step = getattr(engine.step, "without_ewc", engine.step)
+
+    @functools.wraps(step)
+    def with_action(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return step(*args, **kwargs)
+
+    with_action.without_ewc = step  # type: ignore[attr-defined]
+    engine.step = with_action
+
+
+@torch.no_grad()
+def add_gradients(penalty: Penalty, engine: Any) -> Tensor:
+    """As ``penalty.add_gradients``, on the fp32 weights and reduced gradients that ZeRO keeps.
+
+    With ZeRO-3 each process works on its own partitions; with ZeRO-1 and 2 one parameter at a time
+    is gathered. Gradients still carry the loss scale of fp16, which the engine's step removes.
+    """
+    scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
+    if not any(_is_partitioned(term.parameter) for term in penalty.terms):
+        return penalty.add_gradients(scale)
+    values = torch.stack([_add(term, scale) for term in penalty.terms])
+    # ZeRO-3 owns all parameters or none.
+    return sharding.summed_over_parts(values, penalty.terms[0].parameter)
+
+
+def _is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO holds this parameter's gradient itself, in place of ``.grad``."""
+    return sharding.is_zero3(parameter) or getattr(parameter, "_hp_mapping", None) is not None
+
+
+def _add(term: Term, scale: float) -> Tensor:
+    """Add one term's gradient; its value over what this process holds of it."""
+    from deepspeed import utils
+
+    zero3 = sharding.is_zero3(term.parameter)
+    weights = utils.safe_get_local_fp32_param if zero3 else utils.safe_get_full_fp32_param
+    read = utils.safe_get_local_grad if zero3 else utils.safe_get_full_grad
+    write = utils.safe_set_local_grad if zero3 else utils.safe_set_full_grad
+    theta, gradient = weights(term.parameter), read(term.parameter)
+    total = gradient.detach().float().clone()
+    piece = Piece(
+        theta.detach().reshape(-1),
+        term.importance.to(theta.device),
+        term.anchor.to(theta.device),
+        total.view(-1),
+        term.weight,
+        term.unit,
+        term.index,
+    )
+    value = value_and_gradient([piece], scale)[0]
+    write(term.parameter, total.to(gradient.dtype))
+    return value

@@ -1,0 +1,88 @@
+"""Whether a model's loss really is divided by the number of items it is given.
+
+The Trainer passes ``num_items_in_batch`` to every model whose forward takes ``**kwargs``, and then
+neither divides the loss by the accumulation steps nor averages it over processes itself. Several
+heads take the number and ignore it (transformers issue 47688), so their task gradient is too large
+by accumulation steps × processes, and λ would change its meaning with both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_ewc.naming import unwrap
+
+logger = logging.getLogger("hf_ewc")
+
+INCONCLUSIVE, IGNORES, USES = 0, 1, 2
+
+
+def item_count_use(model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int) -> int:
+    """Compare the loss of one batch for n and for 2n items: IGNORES, USES or INCONCLUSIVE.
+
+    Runs in eval mode without gradients, and leaves mode and random numbers as they were.
+    INCONCLUSIVE where the batch has no finite loss, or one of zero: any divisor leaves those alone.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(_devices(inputs)):
+            once, twice = (_loss(model, inputs, num_items * factor) for factor in (1, 2))
+    finally:
+        for module in training:
+            module.training = True
+    if once is None or twice is None or not torch.isfinite(once).all() or not once.any():
+        return INCONCLUSIVE
+    return IGNORES if torch.allclose(once, twice, rtol=1e-3, atol=0.0) else USES
+
+
+def _loss(model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int) -> Tensor | None:
+    outputs = model(**inputs, num_items_in_batch=num_items)
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+    return loss.detach() if isinstance(loss, Tensor) else None
+
+
+def _devices(inputs: Mapping[str, Any]) -> list[torch.device]:
+    """The CUDA devices of the inputs; the CPU's generator is always kept by ``fork_rng``."""
+    found = {value.device for value in inputs.values() if isinstance(value, Tensor)}
+    return [device for device in found if device.type == "cuda"]
+
+
+def correct_loss_scaling(
+    trainer: Trainer, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None
+) -> None:
+    """Let ``trainer`` scale the loss itself if the model's head ignores the number of items.
+
+    For trainers that leave the loss to the model; says so in the log. A collective.
+    """
+    if num_items is None or not _expects_scaled_loss(trainer):
+        return
+    plain = unwrap(model)
+    use = item_count_use(plain, trainer._prepare_inputs(dict(inputs)), num_items)
+    # The ranks have to agree: the number of items is summed over them.
+    use = int(trainer.accelerator.gather(torch.tensor([use], device=trainer.args.device)).max())
+    if use != IGNORES:
+        return
+    trainer.model_accepts_loss_kwargs = False
+    if trainer.is_world_process_zero():
+        logger.warning(
+            "%s takes num_items_in_batch and ignores it (transformers issue 47688); the loss is "
+            "now divided by the accumulation steps, so that ewc_lambda keeps its meaning.",
+            type(plain).__name__,
+        )
+
+
+def _expects_scaled_loss(trainer: Trainer) -> bool:
+    """Whether the Trainer takes the loss to be scaled already because the model is to do so."""
+    return (
+        trainer.model_accepts_loss_kwargs
+        and trainer.compute_loss_func is None
+        and trainer.label_smoother is None
+        and getattr(trainer, "loss_is_scaled_for_ga", None) is None
+    )

@@ -1,0 +1,63 @@
+"""Training set-ups in which no penalty can be added once per optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+
+def check_supported(trainer: Trainer) -> None:
+    """Refuse optimizers that step during the backward pass, and flattened parameters.
+
+    Raises:
+        ValueError: with all reasons, and what to use instead.
+    """
+    reasons = [*_optimizer_reasons(trainer), *_sharding_reasons(trainer)]
+    if reasons:
+        raise ValueError("EWC cannot be exact with these settings. " + " ".join(reasons))
+
+
+def _optimizer_reasons(trainer: Trainer) -> list[str]:
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    given = _given_optimizer(trainer)
+    if name in ("lomo", "adalomo") or given.lower() in ("lomo", "adalomo"):
+        return [
+            f"The optimizer {given or name!r} updates each parameter during the backward pass, "
+            "before the penalty's gradient is there; use optim='adamw_torch', or 'adafactor' "
+            "where memory is short."
+        ]
+    if "layerwise" in name:
+        return [
+            f"optim={name!r} steps layer by layer during the backward pass, before the penalty's "
+            f"gradient is there; use optim={name.replace('_layerwise', '')!r}."
+        ]
+    if given.startswith("LayerWise"):
+        return [
+            f"The optimizer {given} steps layer by layer during the backward pass, before the "
+            "penalty's gradient is there; use one that steps after it."
+        ]
+    return []
+
+
+def _given_optimizer(trainer: Trainer) -> str:
+    """Name of the class of the optimizer that was passed to the trainer; "" where none was."""
+    if trainer.optimizer is not None:
+        return type(trainer.optimizer).__name__
+    return (
+        str(trainer.optimizer_cls_and_kwargs[0].__name__)
+        if trainer.optimizer_cls_and_kwargs
+        else ""
+    )
+
+
+def _sharding_reasons(trainer: Trainer) -> list[str]:
+    if getattr(trainer, "is_fsdp_xla_enabled", False):
+        return ["FSDP on XLA flattens the parameters; use FSDP2 or DDP on other devices."]
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and int(getattr(plugin, "fsdp_version", 1)) == 1:
+        return [
+            "FSDP version 1 flattens parameters, so importances have no place by name; use FSDP2 "
+            "(fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate configuration)."
+        ]
+    return []

@@ -1,0 +1,185 @@
+"""What EWC costs in one training step, against the plain Trainer and against per-task autograd.
+
+    python scripts/benchmark_step.py --out benchmarks/step.json
+
+Protocol: a BERT of 22.7 million parameters (6 layers, 384 wide), batches of 32 × 64 random tokens,
+fp32, AdamW as the Trainer takes it by default. Three trainers take turns, a few steps each, in one
+process: the plain Trainer; EWCTrainer with a state of ten tasks in "separate" mode; and a Trainer
+that keeps ten tasks apart and adds ten penalties to its loss, as other libraries do. A step is
+timed from the Trainer's on_step_begin to its on_step_end; on a CPU in seconds of CPU time, which
+other programs on the machine disturb less (with one thread it is the wall time of an idle machine).
+The first turn of each is left out; the
+ratio is the median over turns of (median step of one) / (median step of the plain Trainer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import write_json
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_ewc import EWCConfig, EWCState, EWCTrainer, Fisher
+
+BATCH, LENGTH, VOCABULARY = 32, 64, 30522
+
+
+class RandomTokens(Dataset[dict[str, Tensor]]):
+    """Examples of random tokens with one of two labels."""
+
+    def __len__(self) -> int:
+        return 1 << 16
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        tokens = torch.randint(1000, VOCABULARY, (LENGTH,), generator=generator)
+        return {"input_ids": tokens, "labels": torch.tensor(i % 2)}
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin = self._now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(self._now() - self._begin)
+
+    def _now(self) -> float:
+        if not torch.cuda.is_available():
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class AutogradTrainer(Trainer):
+    """λ/2 Σ_k Σ F_k (θ − θ*_k)², task by task, in the loss."""
+
+    ewc_tasks: list[tuple[dict[str, Tensor], dict[str, Tensor]]]
+    ewc_lambda: float
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, *args, **kwargs)
+        for fisher, anchor in self.ewc_tasks:
+            for name, parameter in model.named_parameters():
+                pull = fisher[name] * (parameter - anchor[name]) ** 2
+                loss = loss + self.ewc_lambda / 2 * pull.sum()
+        return loss
+
+
+def make_model() -> BertForSequenceClassification:
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+    )
+    return BertForSequenceClassification(config)
+
+
+def random_tasks(
+    model: nn.Module, number: int
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Importance and anchor of tasks as they would come one after another."""
+    for _ in range(number):
+        yield (
+            {name: 1e-4 * torch.rand_like(p) for name, p in model.named_parameters()},
+            {name: p.detach() + 1e-3 * torch.randn_like(p) for name, p in model.named_parameters()},
+        )
+
+
+def make_trainer(method: str, folder: str, steps: int, number: int) -> tuple[Trainer, StepTimer]:
+    timer, model = StepTimer(), make_model()
+    options: dict[str, Any] = {
+        "model": model,
+        "args": TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH,
+            max_steps=steps,
+            logging_steps=1000,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        "train_dataset": RandomTokens(),
+        "callbacks": [timer],
+    }
+    if method == "plain":
+        return Trainer(**options), timer
+    if method == "EWC":
+        state = EWCState()
+        for fisher, anchor in random_tasks(model, number):
+            state = state.consolidate(Fisher(fisher), anchor, mode="separate")
+        return EWCTrainer(**options, ewc_config=EWCConfig(ewc_lambda=10.0), ewc_state=state), timer
+    trainer = AutogradTrainer(**options)
+    trainer.ewc_lambda = 10.0
+    trainer.ewc_tasks = [
+        tuple({n: t.to(trainer.args.device) for n, t in half.items()} for half in task)
+        for task in random_tasks(model.cpu(), number)
+    ]  # type: ignore[misc]
+    model.to(trainer.args.device)
+    return trainer, timer
+
+
+def measure(turns: int, steps: int, number: int) -> dict[str, list[float]]:
+    """Median seconds of a step by method and turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        methods = ("plain", "EWC", "autograd")
+        trainers = {method: make_trainer(method, folder, steps, number) for method in methods}
+        medians: dict[str, list[float]] = {method: [] for method in methods}
+        for turn in range(turns + 1):
+            for method, (trainer, timer) in trainers.items():
+                timer.seconds.clear()
+                trainer.train()
+                if turn:
+                    medians[method].append(statistics.median(timer.seconds))
+    return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=7, help="turns of each trainer that count")
+    parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
+    parser.add_argument("--tasks", type=int, default=10, help="consolidated tasks")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    medians = measure(options.turns, options.steps, options.tasks)
+    ratios = {
+        method: statistics.median(
+            one / plain for one, plain in zip(seconds, medians["plain"], strict=True)
+        )
+        for method, seconds in medians.items()
+    }
+    print(f"{'method':<10} {'seconds':>8} {'× plain':>8}   ({options.tasks} tasks)")
+    for method, ratio in ratios.items():
+        print(f"{method:<10} {statistics.median(medians[method]):8.3f} {ratio:8.3f}")
+    write_json(options.out, {"ratios": ratios, "seconds": medians, "tasks": options.tasks})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""EWCMixin under TRL's trainers, whose losses are their own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.state import EWCState
+from hf_ewc.trainer import EWCMixin
+from tests.models import VOCAB, llama, random_quadratic
+from tests.training import (
+    LAMBDA,
+    GradientRecorder,
+    difference,
+    expected_penalty,
+    expected_pull,
+    relative_error,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+class EWCSFTTrainer(EWCMixin, SFTTrainer):
+    """SFTTrainer with EWC."""
+
+
+class EWCDPOTrainer(EWCMixin, DPOTrainer):
+    """DPOTrainer with EWC."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def texts(number: int) -> list[str]:
+    source = random.Random(0)
+    return [
+        " ".join(f"w{source.randrange(47)}" for _ in range(source.randrange(4, 9)))
+        for _ in range(number)
+    ]
+
+
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "seed": 1,
+}
+
+SFT = (SFTTrainer, EWCSFTTrainer, SFTConfig, {"max_length": 16})
+DPO = (DPOTrainer, EWCDPOTrainer, DPOConfig, {"max_length": 32})
+
+
+def data_for(config: type) -> Dataset:
+    if config is SFTConfig:
+        return Dataset.from_dict({"text": texts(12)})
+    answers = {"chosen": [" w1 w2"] * 12, "rejected": [" w3 w4"] * 12}
+    return Dataset.from_dict({"prompt": texts(12), **answers})
+
+
+def small_llama() -> Any:
+    return llama(pad_token_id=0, max_position_embeddings=64, eos_token_id=1)
+
+
+def run(
+    trainer: type[Trainer], config: type, settings: dict[str, Any], folder: Path, **options: Any
+) -> tuple[list[Any], Any]:
+    recorder = GradientRecorder()
+    if config is DPOConfig:
+        options["ref_model"] = small_llama()
+    made = trainer(
+        model=small_llama(),
+        args=config(output_dir=str(folder), **SETTINGS, **settings),
+        train_dataset=data_for(config),
+        processing_class=tokenizer(),
+        callbacks=[recorder],
+        **options,
+    )
+    made.train()
+    return recorder.steps, made
+
+
+@pytest.mark.parametrize("case", [SFT, DPO], ids=["SFT", "DPO"])
+def test_the_penalty_is_exact_and_logged(case: Any, tmp_path: Path) -> None:
+    base, ewc, config, settings = case
+    without, plain = run(base, config, settings, tmp_path)
+    state = EWCState(*random_quadratic(small_llama()))
+    options = {"ewc_config": EWCConfig(ewc_lambda=LAMBDA), "ewc_state": state}
+    with_ewc, trainer = run(ewc, config, settings, tmp_path, **options)
+    assert len(with_ewc) == 2
+    for one, two in zip(without, with_ewc, strict=True):
+        assert relative_error(difference(two, one), expected_pull(trainer)) < 1e-5
+    penalty = expected_penalty(trainer)
+    logs = [entry for entry in trainer.state.log_history if "ewc_penalty" in entry]
+    plain_logs = [entry for entry in plain.state.log_history if "loss" in entry]
+    for ours, theirs in zip(logs, plain_logs, strict=True):
+        assert ours["ewc_penalty"] == pytest.approx(penalty, rel=1e-5)
+        assert ours["task_loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+def test_sft_evaluates_consolidates_and_saves(tmp_path: Path) -> None:
+    trainer = EWCSFTTrainer(
+        model=small_llama(),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_length=16,
+            **{**SETTINGS, "save_strategy": "epoch", "learning_rate": 1e-2},
+        ),
+        train_dataset=data_for(SFTConfig),
+        eval_dataset=Dataset.from_dict({"text": texts(4)}),
+        processing_class=tokenizer(),
+        ewc_config=EWCConfig(ewc_lambda=LAMBDA, fisher_samples=8),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    state = trainer.consolidate(name="chat")
+    assert state.tasks[0].num_examples == 8
+    assert trainer.evaluate()["eval_loss"] == before
+    trainer.train()
+    assert EWCState.from_pretrained(tmp_path / "checkpoint-2") == state
+    card = (tmp_path / "README.md").read_text()
+    assert "- ewc\n" in card
+    assert "| chat |" in card
