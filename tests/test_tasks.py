@@ -1,0 +1,343 @@
+"""The runner over tasks: scores, scenarios, and going on after a kill as if there was none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from hf_ewc import EWCConfig, EWCState, Task, run_tasks
+from hf_ewc.labels import accuracy, guess_scenario, labels_of
+
+SIZES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+
+def vit(num_labels=4):
+    set_seed(0)
+    images = dict(image_size=4, patch_size=2, num_channels=1, num_labels=num_labels)
+    return ViTForImageClassification(ViTConfig(**SIZES, **images))
+
+
+def examples(classes, count=24, seed=0):
+    """Images of noise with one bright row, which tells the class."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(count):
+        label = classes[i % len(classes)]
+        image = 0.3 * torch.randn(1, 4, 4, generator=generator)
+        image[0, label % 4] += 2
+        found.append({"pixel_values": image, "labels": label})
+    return found
+
+
+def two_tasks(masked=True):
+    return [
+        Task(
+            name=f"{classes[0]} or {classes[1]}",
+            train_dataset=examples(classes, seed=0),
+            eval_dataset=examples(classes, 16, seed=1),
+            classes=classes if masked else None,
+        )
+        for classes in [(0, 1), (2, 3)]
+    ]
+
+
+def arguments(folder, **options):
+    defaults = dict(
+        output_dir=str(folder),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    return TrainingArguments(**{**defaults, **options})
+
+
+CONFIG = EWCConfig(ewc_lambda=100.0, fisher_samples=8)
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_run_saves_everything_and_protects(tmp_path):
+    model = vit()
+    result = run_tasks(model, two_tasks(), arguments(tmp_path), CONFIG, joint=[1.0, 1.0])
+    assert result.matrix.num_learnt == 2
+    assert np.isnan(result.matrix[0, 1])
+    assert result.matrix[0, 0] > 0.7
+    assert set(result.matrix.summary()) == {
+        "average_accuracy",
+        "backward_transfer",
+        "forgetting",
+        "learning_accuracy",
+        "intransigence",
+    }
+    assert result.metrics[1]["0 or 1"]["accuracy"] == result.matrix[1, 0]
+    assert set(result.metrics[0]["0 or 1"]) == {"accuracy", "loss"}
+    assert result.state.num_tasks == 2
+    assert [record.name for record in result.state.tasks] == ["0 or 1", "2 or 3"]
+    for name in ("results.json", "report.md", "accuracy_matrix.png", "curves.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    final = tmp_path / "02-2-or-3" / "final"
+    assert same_weights(ViTForImageClassification.from_pretrained(final), model)
+    saved = EWCState.from_pretrained(final)
+    assert all(torch.equal(saved.anchor[n], a) for n, a in result.state.anchor.items())
+    assert "class-incremental" not in (tmp_path / "report.md").read_text()
+
+
+def test_without_ewc_it_is_the_plain_trainer(tmp_path):
+    result = run_tasks(
+        vit(), two_tasks(masked=False), arguments(tmp_path / "run"), scenario="domain"
+    )
+    assert result.state is None
+    model = vit()
+    for index, task in enumerate(two_tasks()):
+        args = arguments(tmp_path / "plain", seed=42 + index)
+        Trainer(model=model, args=args, train_dataset=task.train_dataset).train()
+    assert same_weights(result.model, model)
+
+
+def test_scores_count_only_the_tasks_classes(tmp_path):
+    """The score of a masked task is the argmax among its own classes, found here by hand."""
+    tasks = two_tasks()
+    result = run_tasks(vit(), tasks, arguments(tmp_path), mask_training=False)
+    images = torch.stack([e["pixel_values"] for e in tasks[0].eval_dataset])
+    labels = torch.tensor([e["labels"] for e in tasks[0].eval_dataset])
+    with torch.no_grad():
+        logits = result.model(pixel_values=images).logits
+    own = logits[:, :2].argmax(-1)
+    assert result.matrix[1, 0] == pytest.approx((own == labels).float().mean().item())
+    # Trained on 2 or 3 last, without a mask: over all classes it would score far less.
+    assert (logits.argmax(-1) >= 2).float().mean() > 0.5
+
+
+def test_masked_training_leaves_the_other_rows_of_the_head_alone(tmp_path):
+    before = vit().classifier.weight.detach().clone()
+    result = run_tasks(vit(), two_tasks()[:1], arguments(tmp_path), CONFIG)
+    after = result.model.classifier.weight.detach()
+    assert torch.equal(after[2:], before[2:])
+    assert not torch.equal(after[:2], before[:2])
+    assert (result.state.importance["classifier.weight"][2:] == 0).all()
+    assert (result.state.importance["classifier.weight"][:2] > 0).any()
+
+
+def test_unseen_tasks_and_the_untrained_model(tmp_path):
+    result = run_tasks(vit(), two_tasks(), arguments(tmp_path), CONFIG, evaluate_unseen=True)
+    assert not np.isnan(result.matrix.scores).any()
+    expected = result.matrix[0, 1] - result.matrix.baseline[1]
+    assert result.matrix.forward_transfer() == pytest.approx(expected)
+    again = run_tasks(vit(), two_tasks(), arguments(tmp_path), CONFIG, evaluate_unseen=True)
+    assert again.matrix == result.matrix
+
+
+def test_class_incremental_is_named_in_log_and_report(tmp_path, caplog):
+    run_tasks(vit(), two_tasks(masked=False), arguments(tmp_path, max_steps=1), CONFIG)
+    assert "cannot do class-incremental" in caplog.text
+    assert "cannot do class-incremental" in (tmp_path / "report.md").read_text()
+
+
+def test_scenarios():
+    def data(labels):
+        return [{"labels": label} for label in labels]
+
+    assert guess_scenario([(data([0, 1]), (0, 1)), (data([2, 3]), (2, 3))]) == "task"
+    assert guess_scenario([(data([0, 1]), None), (data([2, 3]), None)]) == "class"
+    assert guess_scenario([(data([0, 1]), None), (data([0, 1]), None)]) == "domain"
+    assert guess_scenario([(data([[0, 1]]), None), (data([[2, 3]]), None)]) == "domain"
+
+
+def test_labels_of():
+    assert labels_of(Dataset.from_dict({"label": [3, 1, 3, -100], "x": [0] * 4})) == {1, 3}
+    assert labels_of(Dataset.from_dict({"labels": [[1, 2]]})) == set()
+    assert labels_of([{"labels": torch.tensor(2)}, {"labels": 5}]) == {2, 5}
+    assert labels_of([{"labels": 0.5}]) == set()
+    assert labels_of([(1, 2)]) == set()
+    assert labels_of(iter([])) == set()
+
+
+def test_accuracy():
+    logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    labels = np.array([1, 1, -100])
+    assert accuracy(EvalPrediction(logits, labels)) == {"accuracy": 0.5}
+    assert accuracy(EvalPrediction((logits, None), labels)) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="no labels"):
+        accuracy(EvalPrediction(logits, np.array([-100, -100, -100])))
+
+
+def test_a_tasks_own_collator_metrics_and_score(tmp_path):
+    calls = []
+
+    def collate(batch):
+        calls.append(len(batch))
+        return {
+            "input_ids": torch.tensor([e["ids"] for e in batch]),
+            "labels": torch.tensor([e["labels"] for e in batch]),
+        }
+
+    data = [{"ids": [1, 2, i % 3], "labels": i % 2} for i in range(8)]
+    tasks = [
+        Task("a", data, data, data_collator=collate, metric="loss"),
+        Task("b", data, data, compute_metrics=lambda p: {"half": 0.5}, metric="half"),
+    ]
+    set_seed(0)
+    model = BertForSequenceClassification(BertConfig(**SIZES, vocab_size=9, num_labels=2))
+    args = arguments(tmp_path, max_steps=1, remove_unused_columns=False)
+    result = run_tasks(model, tasks, args, CONFIG, data_collator=collate)
+    assert result.matrix[1, 1] == 0.5
+    assert result.matrix[0, 0] == -result.metrics[0]["a"]["loss"] < 0
+    assert calls
+
+
+def test_it_goes_on_after_a_failure_and_does_nothing_when_done(tmp_path):
+    class Stop(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            Stop.steps += 1
+            if Stop.steps == 14:  # 9 steps a task: within the second
+                raise RuntimeError("stopped")
+
+    whole = run_tasks(vit(), two_tasks(), arguments(tmp_path / "whole"), CONFIG)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_tasks(vit(), two_tasks(), arguments(tmp_path / "cut"), CONFIG, callbacks=[Stop()])
+    part = run_tasks(vit(), two_tasks(), arguments(tmp_path / "cut"), CONFIG)
+    assert same_weights(part.model, whole.model)
+    assert part.matrix == whole.matrix
+    assert Stop.steps == 14
+
+    modified = (tmp_path / "cut" / "results.json").stat().st_mtime_ns
+    again = run_tasks(vit(), two_tasks(), arguments(tmp_path / "cut"), CONFIG)
+    assert same_weights(again.model, whole.model)
+    assert again.matrix == whole.matrix
+    assert again.state.num_tasks == 2
+    assert (tmp_path / "cut" / "results.json").stat().st_mtime_ns == modified
+
+
+def test_another_run_in_the_same_folder(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    run_tasks(vit(), two_tasks(), args, CONFIG)
+    with pytest.raises(ValueError, match=r"(?s)other settings.*ewc_config.*resume=False"):
+        run_tasks(vit(), two_tasks(), args, EWCConfig(ewc_lambda=1.0))
+    with pytest.raises(ValueError, match=r"(?s)other settings.*tasks"):
+        run_tasks(vit(), two_tasks()[:1], args, CONFIG)
+    with pytest.raises(ValueError, match=r"(?s)other settings.*args"):
+        run_tasks(vit(), two_tasks(), arguments(tmp_path, max_steps=2), CONFIG)
+    result = run_tasks(vit(), two_tasks()[:1], args, None, resume=False)
+    assert len(result.matrix) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(tasks=[]), ValueError, "no tasks"),
+        (dict(tasks=two_tasks()[:1] * 2), ValueError, "name of its own"),
+        (dict(scenario="other"), ValueError, "scenario is 'other'"),
+        (dict(trainer_class=Trainer), TypeError, "Trainer cannot consolidate"),
+        (dict(ewc_config=None, ewc_state=EWCState()), ValueError, "without ewc_config"),
+        (
+            dict(tasks=[Task("a", examples((0, 1)), examples((0, 1)), classes=(0, 2))]),
+            ValueError,
+            r"labels \[1\]",
+        ),
+        (
+            dict(tasks=[Task("a", examples((0, 1)), examples((0, 1)), classes=(0, 1, 7))]),
+            ValueError,
+            "numbered from 0",
+        ),
+        (
+            dict(tasks=[Task("a", examples((0, 1)), examples((0, 1)), metric="f1")]),
+            ValueError,
+            "scored by 'f1'; evaluation returned",
+        ),
+    ],
+)
+def test_bad_input(tmp_path, change, error, message):
+    given = dict(tasks=two_tasks(), ewc_config=CONFIG) | change
+    with pytest.raises(error, match=message):
+        run_tasks(vit(), args=arguments(tmp_path, max_steps=1), **given)
+
+
+def test_label_smoothing_is_refused_with_classes(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor is"):
+        run_tasks(vit(), two_tasks(), arguments(tmp_path, label_smoothing_factor=0.1), CONFIG)
+
+
+# ---- Kill and go on, with real processes ----
+
+
+def killable_run(folder: str) -> None:
+    """What the child process does; the test below starts this file with a folder."""
+    args = arguments(folder, save_strategy="steps", save_steps=4, save_total_limit=2)
+    result = run_tasks(vit(), two_tasks(), args, CONFIG)
+    torch.save([p.detach() for p in result.model.parameters()], Path(folder) / "weights.pt")
+
+
+def start(folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    with open(f"{folder}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, str(folder)], env=environment, stdout=log, stderr=log
+        )
+
+
+def kill_when(process, path, delay=0.0):
+    """kill -9 once `path` is there (some time later), unless the process ends before."""
+    for _ in range(6000):
+        if process.poll() is not None or path.exists():
+            break
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_at_several_moments_it_ends_with_the_same_result(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait(timeout=300) == 0, Path(f"{whole}.log").read_text()
+    first, second = cut / "01-0-or-1", cut / "02-2-or-3"
+    moments = [
+        (first / "checkpoint-4", 0.0),  # while a checkpoint of the first task is written
+        (first / "final", 0.0),  # while the first task's model is written
+        (second / "checkpoint-8" / "trainer_state.json", 0.02),
+    ]
+    for path, delay in moments:
+        kill_when(start(cut), path, delay)
+        if (cut / "results.json").exists():
+            json.loads((cut / "results.json").read_text())
+    assert start(cut).wait(timeout=300) == 0, Path(f"{cut}.log").read_text()
+
+    for one, other in zip(
+        torch.load(whole / "weights.pt"), torch.load(cut / "weights.pt"), strict=True
+    ):
+        assert torch.equal(one, other)
+    results = [json.loads((f / "results.json").read_text()) for f in (whole, cut)]
+    assert results[0] == results[1]
+
+
+if __name__ == "__main__":
+    killable_run(sys.argv[1])
