@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,18 @@ def is_main_process() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return not _from_environment(_RANKS)
+
+
+def leave() -> None:
+    """Disconnect from the other processes, as the last act of a script.
+
+    A thread of gloo may still hold the tensors of the last collective. It needs the interpreter to
+    let go of them, and aborts the process if that is shutting down by then (torch 2.13); so it gets
+    the time to do it first.
+    """
+    if dist.is_available() and dist.is_initialized():
+        time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 def _from_environment(names: Sequence[str]) -> int | None:

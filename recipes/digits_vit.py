@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from hf_ewc import EWCConfig, Task, run_tasks
+from hf_ewc.processes import leave
 from hf_ewc.report import score_table, summary_table, write_report
 
 
@@ -69,6 +70,18 @@ def small_vit() -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
+def report(folder, runs) -> None:
+    write_report(folder, runs, title="Handwritten digits, five tasks of two")
+    print(f"\nAccuracy on each task, {len(runs['EWC'])} seeds (mean ± standard deviation)\n")
+    for method, matrices in runs.items():
+        print(f"{method}\n\n{score_table(matrices)}\n")
+    print(f"{summary_table(runs)}\n")
+    print(f"Written to {folder}: results.json, report.md, accuracy_matrix.png, curves.png\n")
+    print("Next: one anchor for all tasks in place of one each, or ten times weaker protection")
+    print("  scripts/quickstart --ewc_mode online --output_dir runs/online")
+    print("  scripts/quickstart --ewc_lambda 3000 --output_dir runs/weak")
+
+
 def main() -> None:
     parser = HfArgumentParser((DigitsArguments, TrainingArguments, EWCConfig))
     parser.set_defaults(
@@ -101,17 +114,9 @@ def main() -> None:
             args.output_dir = str(folder / method.replace(" ", "-") / f"seed-{seed}")
             runs[method].append(run_tasks(small_vit(), tasks, args, config).matrix)
 
-    if not args.should_save:
-        return
-    write_report(folder, runs, title="Handwritten digits, five tasks of two")
-    print(f"\nAccuracy on each task, {own.num_seeds} seeds (mean ± standard deviation)\n")
-    for method, matrices in runs.items():
-        print(f"{method}\n\n{score_table(matrices)}\n")
-    print(f"{summary_table(runs)}\n")
-    print(f"Written to {folder}: results.json, report.md, accuracy_matrix.png, curves.png\n")
-    print("Next: one anchor for all tasks in place of one each, or ten times weaker protection")
-    print("  scripts/quickstart --ewc_mode online --output_dir runs/online")
-    print("  scripts/quickstart --ewc_lambda 3000 --output_dir runs/weak")
+    if args.should_save:
+        report(folder, runs)
+    leave()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from transformers import BertConfig, BertForSequenceClassification, set_seed
 from transformers.utils import logging
 
 from hf_ewc import Fisher, estimate_fisher
+from hf_ewc.processes import leave
 
 LENGTH, VOCABULARY, BATCH = 64, 30522, 8
 GOAL = 0.6
@@ -97,7 +98,7 @@ def measure(rank: int, folder: str, turns: int, number: int) -> None:
     if rank == 0:
         figures["difference"] = largest_difference(found["together"], found["alone"])
         torch.save(figures, f"{folder}/figures")
-    dist.destroy_process_group()
+    leave()
 
 
 def largest_difference(one: Fisher, two: Fisher) -> float:

@@ -35,6 +35,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, default_data_collato
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Fisher, estimate_fisher
 from hf_ewc.fisher import shards
 from hf_ewc.penalty import Penalty
+from hf_ewc.processes import leave
 from tests.many_processes import deepspeed_config
 from tests.models import VOCAB, Examples, bert, gpt2, llama
 from tests.training import arguments
@@ -350,7 +351,7 @@ def main(action: str, folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.processes import leave
 from hf_ewc.sharding import is_sharded
 from hf_ewc.state import EWCState
 from hf_ewc.trainer import EWCTrainer
@@ -144,7 +145,7 @@ def main(action: str, folder: Path) -> None:
             (folder / "result.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+    leave()
 
 
 def sharded_by_transformers(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.processes import leave
 from hf_ewc.state import EWCState
 from hf_ewc.trainer import EWCTrainer
 from tests.models import MODELS, Examples, random_quadratic
@@ -134,7 +135,7 @@ def main(case: str, folder: Path) -> None:
         result = {"error": (wrong / size) ** 0.5, "penalty": penalty, "after": after, **logged}
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()  # no process takes the group down while another still uses it
-    trainer.end()
+    leave()
 
 
 if __name__ == "__main__":
