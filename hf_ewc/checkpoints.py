@@ -23,16 +23,15 @@ def store(state: EWCState, folder: Path, in_checkpoint: bool, write: bool) -> No
 
     Every process has to call it (DTensors are gathered); only those with ``write`` touch files.
     The Trainer writes ``trainer_state.json`` last, and so marks a checkpoint as complete. One left
-    from an earlier run that is now written over is removed first.
+    from an earlier run that is now written over is removed first, and so is its reference.
     """
-    if not in_checkpoint:
-        state.save_pretrained(folder, is_main_process=write)
-        return
-    if write:
+    if write and in_checkpoint:
         (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    state.save_pretrained(folder.parent, is_main_process=write)
-    if write:
-        save_reference(folder.parent, folder)
+        (folder / STATE_FILE).unlink(missing_ok=True)
+    if state:
+        state.save_pretrained(folder.parent if in_checkpoint else folder, is_main_process=write)
+        if write and in_checkpoint:
+            save_reference(folder.parent, folder)
 
 
 def check_plain(resume: str | bool, output_dir: Path) -> None:
@@ -60,6 +59,11 @@ def checkpoint_to_resume(resume: str | bool, output_dir: Path) -> str | bool | N
         ValueError: a checkpoint given by its path is not whole.
     """
     if resume is not True:
+        if not Path(str(resume)).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint is {str(resume)!r}, which is no folder here; pass one "
+                "that the trainer saved, or True for the newest in output_dir."
+            )
         if _CHECKPOINT.fullmatch(Path(str(resume)).name) and not is_complete(Path(str(resume))):
             raise ValueError(
                 f"{resume} is not a whole checkpoint: {TRAINER_STATE_NAME} is missing or cut off, "
@@ -101,9 +105,28 @@ def is_complete(checkpoint: Path) -> bool:
     return isinstance(state, dict) and "global_step" in state
 
 
-def stored_state(checkpoint: Path) -> EWCState | None:
-    """The state that ``checkpoint`` refers to, or None where it was saved without one."""
-    return EWCState.from_pretrained(checkpoint) if (checkpoint / STATE_FILE).is_file() else None
+def stored_state(checkpoint: Path, given: EWCState) -> EWCState:
+    """The state that ``checkpoint`` was trained with; ``given`` where it refers to none.
+
+    Says so in the log where ``given`` holds other tasks.
+    """
+    if not (checkpoint / STATE_FILE).is_file():
+        return given
+    stored = EWCState.from_pretrained(checkpoint)
+    if given and given.tasks != stored.tasks:
+        there, here = (_task_names(state) for state in (stored, given))
+        logger.warning(
+            "%s was trained with an EWC state of %s, with which it goes on; the ewc_state of this "
+            "trainer, of %s, is not used. For a new run do not resume.",
+            checkpoint,
+            there,
+            here,
+        )
+    return stored
+
+
+def _task_names(state: EWCState) -> str:
+    return ", ".join(f"{task.name!r} ({task.date})" for task in state.tasks) or "no task"
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

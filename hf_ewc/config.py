@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from hf_ewc.naming import ALL_LINEAR, compiled_regex, is_regex, layer_lambdas
 
 MODES = ("online", "separate")
 STATE_DTYPES = ("float32", "bfloat16", "float16")
+LARGEST = 3.4e38
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
 
 
@@ -152,10 +154,12 @@ class EWCConfig:
         if self.fisher_samples == -1:
             self.fisher_samples = None
         if self.fisher_samples is not None:
-            _integer("fisher_samples", self.fisher_samples, low=1, also="None or -1 for all")
-        _integer("fisher_draws", self.fisher_draws, low=1)
-        _integer("fisher_batch_size", self.fisher_batch_size, low=1)
-        _integer("fisher_seed", self.fisher_seed, low=0)
+            self.fisher_samples = _integer(
+                "fisher_samples", self.fisher_samples, low=1, also="None or -1 for all"
+            )
+        self.fisher_draws = _integer("fisher_draws", self.fisher_draws, low=1)
+        self.fisher_batch_size = _integer("fisher_batch_size", self.fisher_batch_size, low=1)
+        self.fisher_seed = _integer("fisher_seed", self.fisher_seed, low=0)
 
     def lambdas(self, names: Iterable[str], num_tasks: int = 1) -> dict[str, float]:
         """λ of each parameter after `num_tasks` consolidated tasks.
@@ -163,12 +167,31 @@ class EWCConfig:
         λ_i = λ(pattern of i, else ewc_lambda) · ewc_lambda_growth^(num_tasks − 1)
 
         Raises:
-            ValueError: a pattern of `ewc_layer_lambdas` matches none of the names.
+            ValueError: a pattern of `ewc_layer_lambdas` matches none of the names, or a λ is more
+                than fp32 holds.
         """
         patterns = self.ewc_layer_lambdas if isinstance(self.ewc_layer_lambdas, dict) else None
-        growth = self.ewc_lambda_growth ** (max(num_tasks, 1) - 1)
         values = layer_lambdas(names, patterns, self.ewc_lambda)
+        try:
+            growth = self.ewc_lambda_growth ** (max(num_tasks, 1) - 1)
+            largest = max(values.values(), default=0.0) * growth
+        except OverflowError:
+            largest = math.inf
+        if largest > LARGEST:
+            raise ValueError(
+                f"λ is {largest:g} after {num_tasks} tasks, with ewc_lambda {self.ewc_lambda:g} "
+                f"and ewc_lambda_growth {self.ewc_lambda_growth:g}; fp32 holds up to {LARGEST:.2g}."
+            )
         return {name: value * growth for name, value in values.items()}
+
+    def summary(self) -> str:
+        """The settings that matter most, in a line for people."""
+        samples = "all" if self.fisher_samples is None else f"{self.fisher_samples}"
+        growth = f" × {self.ewc_lambda_growth:g} a task" if self.ewc_lambda_growth != 1 else ""
+        return (
+            f"EWC: λ = {self.ewc_lambda:g}{growth}, {self.ewc_mode}, γ = {self.ewc_gamma:g}; "
+            f"Fisher: {self.fisher_type}, {samples} examples."
+        )
 
 
 def _refuse(name: str, value: object, allowed: str) -> None:
@@ -180,17 +203,20 @@ def _number(
 ) -> float:
     allowed = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
     allowed += f" and at most {high:g}" if high < math.inf else ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        _refuse(name, value, allowed)
-    number = float(value)  # type: ignore[arg-type]
-    if number < low or number > high or (open_low and number == low):
+    try:
+        # YAML reads 1e4, without a dot, as a string.
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
         _refuse(name, value, allowed)
     return number
 
 
-def _integer(name: str, value: object, low: int, also: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+def _integer(name: str, value: object, low: int, also: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         _refuse(name, value, f"an integer of at least {low}" + (f", or {also}" if also else ""))
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _boolean(name: str, value: object) -> None:

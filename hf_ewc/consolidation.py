@@ -45,6 +45,13 @@ def _examples(trainer: Trainer, dataset: Any, batch_size: int) -> tuple[Any, Any
         raise ValueError(
             "consolidate() has no data: the trainer has no train_dataset. Pass a data set."
         )
+    if isinstance(dataset, str) or not (
+        hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
+    ):
+        raise TypeError(
+            f"consolidate() got {dataset!r:.60} as data; needed is a data set of examples. The "
+            "task's name goes by keyword: consolidate(name=...)."
+        )
     if isinstance(dataset, datasets.Dataset):
         return trainer._remove_unused_columns(dataset, "Fisher"), trainer.data_collator
     collator = trainer._get_collator_with_removed_columns(trainer.data_collator, "Fisher")
@@ -55,6 +62,7 @@ def _examples(trainer: Trainer, dataset: Any, batch_size: int) -> tuple[Any, Any
 
 def _at_most(num_samples: int | None, data: Any) -> int | None:
     """All of a data set that has fewer examples than the configuration's number."""
-    if num_samples is None or isinstance(data, DataLoader) or not hasattr(data, "__len__"):
+    examples = data.dataset if isinstance(data, DataLoader) else data
+    if num_samples is None or not hasattr(examples, "__len__"):
         return num_samples
-    return min(num_samples, max(len(data), 1))
+    return min(num_samples, max(len(examples), 1))

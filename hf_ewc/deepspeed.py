@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc import sharding
-from hf_ewc.penalty import Penalty, Term
+from hf_ewc.penalty import Penalty, Term, piece
 from hf_ewc.quadratic import Piece, value_and_gradient
 
 
@@ -55,13 +55,18 @@ def _add(term: Term, scale: float) -> Tensor:
     """Add one term's gradient; its value over what this process holds of it."""
     from deepspeed import utils
 
+    if not term.is_pulled:
+        device = sharding.local_part(term.parameter).device
+        frozen = [piece(term, with_gradient=False)] if term.weight > 0 else []
+        return value_and_gradient(frozen).sum().to(device, torch.float32)
+
     zero3 = sharding.is_zero3(term.parameter)
     weights = utils.safe_get_local_fp32_param if zero3 else utils.safe_get_full_fp32_param
     read = utils.safe_get_local_grad if zero3 else utils.safe_get_full_grad
     write = utils.safe_set_local_grad if zero3 else utils.safe_set_full_grad
     theta, gradient = weights(term.parameter), read(term.parameter)
     total = gradient.detach().float().clone()
-    piece = Piece(
+    own = Piece(
         theta.detach().reshape(-1),
         term.importance.to(theta.device),
         term.anchor.to(theta.device),
@@ -70,6 +75,6 @@ def _add(term: Term, scale: float) -> Tensor:
         term.unit,
         term.index,
     )
-    value = value_and_gradient([piece], scale)[0]
+    value = value_and_gradient([own], scale)[0]
     write(term.parameter, total.to(gradient.dtype))
-    return value
+    return value.float()

@@ -12,9 +12,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_ewc.naming import is_partitioned, is_sharded, parameters_by_name, unwrap
+
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 SAMPLES = 256
 """Values that are sampled of each base parameter."""
@@ -25,9 +28,9 @@ def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
 
     Returns:
         "model": the class, for people to read. For a model with PEFT adapters also "adapters": the
-        PEFT type by adapter name; "free": further parameters that are trained and not part of the
-        base; "base": a hash of the base, None where its values are not all in this process (FSDP2,
-        ZeRO-3).
+        PEFT type by adapter name, with the factors that a LoRA is scaled by; "free": further
+        parameters that are trained and not part of the base; "base": hashes of the base in several
+        precisions, None where its values are not all in this process (FSDP2, ZeRO-3).
     """
     found: dict[str, Any] = {"model": _class_name(model)}
     adapters = _adapters(model)
@@ -39,9 +42,9 @@ def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
             if any(adapter in name.split(".") for name in names)
         }
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-        base = set(_base(parameters, adapters))
+        base = set(_base(model, parameters))
         found["free"] = sorted(base & (trained | set(names)))
-        found["base"] = _hash(_base(parameters, adapters, found["free"]))
+        found["base"] = _hashes(_base(model, parameters, found["free"]))
     return found
 
 
@@ -58,8 +61,8 @@ def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
     ]
     if problems or recorded.get("base") is None:
         return problems
-    now = _hash(_base(parameters_by_name(model), adapters, recorded.get("free") or ()))
-    if now is not None and now != recorded["base"]:
+    now = _hashes(_base(model, parameters_by_name(model), recorded.get("free") or ()))
+    if now is not None and not set(now) & set(recorded["base"]):
         problems.append(
             "the weights under the adapter are not those of the consolidation: the adapter was "
             "merged and the model wrapped anew, or it stands on another base model. Go on with the "
@@ -81,33 +84,54 @@ def _adapters(model: nn.Module) -> dict[str, str]:
     if not isinstance(configs, Mapping):
         return {}
     kinds = {name: getattr(config, "peft_type", None) for name, config in configs.items()}
-    return {name: str(getattr(kind, "value", kind)) for name, kind in kinds.items()}
+    return {name: _described(inner, name, kind) for name, kind in kinds.items()}
+
+
+def _described(model: nn.Module, adapter: str, kind: object) -> str:
+    scalings = {
+        float(layer.scaling[adapter])
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        and isinstance(getattr(layer, "scaling", None), Mapping)
+        and adapter in layer.scaling
+    }
+    name = str(getattr(kind, "value", kind))
+    return f"{name} scaled by {', '.join(f'{s:g}' for s in sorted(scalings))}" if scalings else name
 
 
 def _base(
-    parameters: Mapping[str, Tensor], adapters: Collection[str], free: Collection[str] = ()
+    model: nn.Module, parameters: Mapping[str, Tensor], free: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The parameters that belong to no adapter: an adapter's carry its name as a part of theirs."""
+    """The parameters that belong to no adapter."""
+    owned = {"modules_to_save", "prompt_encoder"}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            owned.update(layer.adapter_layer_names)
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if name not in free and not any(part in adapters for part in name.split("."))
+        if name not in free and owned.isdisjoint(name.split("."))
     }
 
 
-def _hash(parameters: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 of names, shapes and evenly spaced values in bf16, so that it is the same in any
-    precision that the base is loaded in; None where values are missing in this process."""
+def _hashes(parameters: Mapping[str, Tensor]) -> list[str] | None:
+    """SHA-256 of names, shapes and evenly spaced values in fp32, fp16 and bf16.
+
+    The same base loaded in another precision has one of them in common. None where values are
+    missing in this process.
+    """
     if any(is_sharded(p) or is_partitioned(p) or p.is_meta for p in parameters.values()):
         return None
-    digest = hashlib.sha256()
+    digests = {dtype: hashlib.sha256(str(dtype).encode()) for dtype in _PRECISIONS}
     for name, parameter in sorted(parameters.items()):
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(_sample(parameter).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+        sample = _sample(parameter)
+        for dtype, digest in digests.items():
+            digest.update(f"{name}{list(parameter.shape)}".encode())
+            digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
+    return [digest.hexdigest() for digest in digests.values()]
 
 
 def _sample(parameter: Tensor) -> Tensor:
     values = parameter.detach().reshape(-1)
     stride = max(1, values.numel() // SAMPLES)
-    return values[::stride][:SAMPLES].to(torch.bfloat16)
+    return values[::stride][:SAMPLES].cpu().contiguous()

@@ -161,6 +161,22 @@ class AccuracyMatrix:
                 found[name] = value
         return found
 
+    def take_over(self, earlier: AccuracyMatrix) -> None:
+        """Take the scores and the baseline of a matrix over the first of these tasks.
+
+        Raises:
+            ValueError: its tasks are not the first of these.
+        """
+        size = len(earlier)
+        if self.tasks[:size] != earlier.tasks:
+            raise ValueError(
+                f"the tasks {list(earlier.tasks)} are not the first of {list(self.tasks)}."
+            )
+        self.scores[:size, :size] = earlier.scores
+        if earlier.baseline is not None:
+            self.baseline = np.full(len(self), np.nan)
+            self.baseline[:size] = earlier.baseline
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers for JSON; NaN becomes None."""
         return {

@@ -100,8 +100,9 @@ def select_parameters(
     model: nn.Module,
     target_modules: Sequence[str] | str | None = None,
     exclude_modules: Sequence[str] | str | None = None,
+    trainable_only: bool = True,
 ) -> list[str]:
-    """Names of the trainable parameters inside the modules that the patterns select.
+    """Names of the parameters inside the modules that the patterns select.
 
     The patterns follow PEFT: a list holds suffixes of module names ("q_proj", "layer.0.attention"),
     a string is one regular expression that a whole module name must match, and "all-linear" stands
@@ -110,23 +111,30 @@ def select_parameters(
 
     Args:
         model: a module, wrapped or not.
-        target_modules: what to take; None takes every trainable parameter.
+        target_modules: what to take; None takes every parameter.
         exclude_modules: what to leave out of that; None leaves out nothing.
+        trainable_only: take parameters that require a gradient only.
 
     Raises:
         ValueError: an entry matches nothing, a regular expression is invalid, nothing is left.
     """
     every = parameters_by_name(model)
-    trainable = [name for name, parameter in every.items() if parameter.requires_grad]
+    trainable = [name for name, p in every.items() if p.requires_grad or not trainable_only]
+    if not trainable:
+        raise ValueError(
+            f"No parameter of {type(unwrap(model)).__name__} requires a gradient, so there is none "
+            "to protect. A PEFT adapter loaded without is_trainable=True is frozen."
+        )
     chosen = set(trainable)
     if target_modules is not None:
-        chosen = _matched("target_modules", target_modules, model, trainable, "trainable parameter")
+        what = "trainable parameter" if trainable_only else "parameter"
+        chosen = _matched("ewc_target_modules", target_modules, model, trainable, what)
     if exclude_modules is not None:
-        chosen -= _matched("exclude_modules", exclude_modules, model, list(every), "parameter")
+        chosen -= _matched("ewc_exclude_modules", exclude_modules, model, list(every), "parameter")
     if not chosen:
         raise ValueError(
-            f"target_modules={target_modules!r} and exclude_modules={exclude_modules!r} leave none "
-            f"of the {len(trainable)} trainable parameters; select at least one."
+            f"ewc_target_modules={target_modules!r} and ewc_exclude_modules={exclude_modules!r} "
+            f"leave none of the {len(trainable)} trainable parameters; select at least one."
         )
     return [name for name in trainable if name in chosen]
 
@@ -161,6 +169,21 @@ def _matched(
     if isinstance(patterns, str) and patterns.lower() == ALL_LINEAR:
         linear = _linear_modules(model)
         return {name for name in names if _any_level(name, linear.__contains__)}
+    return names_in(patterns, names, field, type(unwrap(model)).__name__, what)
+
+
+def names_in(
+    patterns: Sequence[str] | str,
+    names: Sequence[str],
+    field: str,
+    owner: str,
+    what: str = "parameter",
+) -> set[str]:
+    """Those of the names that lie in the modules of the patterns, a list or one regular expression.
+
+    Raises:
+        ValueError: an entry matches none; it names `field`, and `owner` as what has the names.
+    """
     matchers = {
         pattern: _whole_matcher(pattern) if isinstance(patterns, str) else _plain_matcher(pattern)
         for pattern in ([patterns] if isinstance(patterns, str) else patterns)
@@ -171,8 +194,8 @@ def _matched(
         if not hits:
             kind = "regular expression" if isinstance(patterns, str) else "suffix"
             raise ValueError(
-                f"{field}: the {kind} {pattern!r} matches no {what} of "
-                f"{type(unwrap(model)).__name__}; its parameters are named like {_examples(names)}."
+                f"{field}: the {kind} {pattern!r} matches no {what} of {owner}; its parameters are "
+                f"named like {_examples(names)}."
             )
         found |= hits
     return found

@@ -132,7 +132,12 @@ class TensorMap(Mapping[str, Tensor]):
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorMap):
-            return NotImplemented
+            if not isinstance(other, Mapping):
+                return NotImplemented
+            return self.keys() == other.keys() and all(
+                isinstance(other[name], Tensor) and torch.equal(tensor, other[name])
+                for name, tensor in self.items()
+            )
         return self._packed.keys() == other._packed.keys() and all(
             tensor.equal(other._packed[name]) for name, tensor in self._packed.items()
         )

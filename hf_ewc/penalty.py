@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ class Term:
     unit: float = 1.0
     index: Tensor | None = None
 
+    @property
+    def is_pulled(self) -> bool:
+        """Whether this parameter gets a gradient from the penalty."""
+        return self.weight > 0 and self.parameter.requires_grad
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether this is a weight matrix or more, not a bias or a scale."""
+        return len(sharding.whole_shape(self.parameter)) > 1
+
 
 class Penalty:
     """λ/2 Σ F (θ − θ*)² + λ·offset, over the parameters that a model has now.
@@ -41,7 +51,8 @@ class Penalty:
 
     Of parameters sharded by FSDP2 or ZeRO-3 each process takes its part; values are summed over
     the parts.
-    Parameters whose importance is zero everywhere are left alone; frozen ones count in the value.
+    Parameters whose importance is zero everywhere or whose λ is 0 are left alone. Frozen ones count
+    in the value and get no gradient; which are frozen is looked at each time.
 
     Args:
         state: importances, anchors and offsets by parameter name.
@@ -51,7 +62,7 @@ class Penalty:
 
     Attributes:
         terms: what is protected, in the order in which values are returned.
-        constant: what does not depend on trainable parameters: offsets and frozen ones, times λ.
+        constant: what does not depend on the parameters: the offsets times λ.
 
     Raises:
         ValueError: the state does not fit the model.
@@ -67,21 +78,24 @@ class Penalty:
         sharding.reshard(model)
         state.check(model)
         parameters = parameters_by_name(model)
-        terms = [
+        self.terms = [
             _term(state, name, parameters[name], weights[name], offload)
             for name in state.importance
             if _protects(state.packed(name)[0])
         ]
-        self.terms = [term for term in terms if term.parameter.requires_grad]
         self._devices = [term.parameter.device for term in self.terms]
-        frozen = [term for term in terms if not term.parameter.requires_grad]
-        self.constant = math.fsum(weights[name] * value for name, value in state.offsets.items())
-        self.constant += _sweep(frozen, None).sum().item()
+        self._offsets = state.offsets
+        self.reweight(weights)
+
+    def reweight(self, weights: Mapping[str, float]) -> None:
+        """Take other λ by parameter name, for every name of the state."""
+        self.terms = [replace(term, weight=weights[term.name]) for term in self.terms]
+        self.constant = math.fsum(weights[name] * value for name, value in self._offsets.items())
 
     @property
     def is_zero(self) -> bool:
         """Whether nothing trainable is protected."""
-        return not self.terms
+        return not any(term.is_pulled for term in self.terms)
 
     def fits(self, model: nn.Module) -> bool:
         """Whether the parameters found at construction are still those of ``model``, in place."""
@@ -110,29 +124,41 @@ class Penalty:
     def differentiable(self) -> Tensor:
         """The penalty as a 0-dim tensor with a graph, at the memory of the protected parameters."""
         total = torch.tensor(self.constant, dtype=torch.float32)
-        for term in self.terms:
+        for term in filter(_counts, self.terms):
             total = total.to(term.parameter.device) + _differentiable(term)
         return total
 
-    def relative_distance(self) -> float:
-        """‖θ − θ*‖ / ‖θ*‖ over the protected entries; infinite where every anchor is zero."""
-        if not self.terms:
-            return 0.0
-        squares = _over_layouts(self.terms, _squares).sum(0)
-        distance, norm = (float(x) for x in squares)
-        if norm == 0.0:
-            return math.inf if distance else 0.0
-        return math.sqrt(distance / norm)
+    def relative_distances(self) -> list[tuple[Term, float]]:
+        """‖θ − θ*‖ / ‖θ*‖ over the protected entries of each term that gets a gradient.
+
+        Infinite where an anchor is zero and the parameter is not; a collective.
+        """
+        terms = [term for term in self.terms if term.is_pulled]
+        rows = _over_layouts(terms, _squares).tolist() if terms else []
+        return [(term, _ratio(*row)) for term, row in zip(terms, rows, strict=True)]
+
+
+def _ratio(square: float, norm: float) -> float:
+    return math.sqrt(square / norm) if norm > 0 else (math.inf if square > 0 else 0.0)
 
 
 def _sweep(terms: Sequence[Term], scale: float | None) -> Tensor:
     """Values of all terms, [len(terms)]; with ``scale`` their gradients are added too."""
 
     def values(members: Sequence[Term]) -> Tensor:
-        pieces = [_piece(term, with_gradient=scale is not None) for term in members]
+        pieces = [piece(term, with_gradient=scale is not None) for term in members]
         return value_and_gradient(pieces, 1.0 if scale is None else scale)
 
-    return _over_layouts(terms, values)
+    found = _over_layouts([term for term in terms if _counts(term)], values)
+    if len(found) == len(terms):
+        return found
+    every = found.new_zeros(len(terms))
+    every[[i for i, term in enumerate(terms) if _counts(term)]] = found
+    return every
+
+
+def _counts(term: Term) -> bool:
+    return term.weight > 0
 
 
 @torch.no_grad()
@@ -192,12 +218,13 @@ def _placed(tensor: Tensor, parameter: Tensor, offload: bool) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _piece(term: Term, with_gradient: bool) -> Piece:
+def piece(term: Term, with_gradient: bool) -> Piece:
+    """What this process has of ``term``; a gradient is left out for parameters that get none."""
     return Piece(
         sharding.local_part(term.parameter).detach().reshape(-1),
         term.importance,
         term.anchor,
-        _gradient(term.parameter) if with_gradient else None,
+        _gradient(term.parameter) if with_gradient and term.is_pulled else None,
         term.weight,
         term.unit,
         term.index,
@@ -208,6 +235,8 @@ def _gradient(parameter: Tensor) -> Tensor:
     """The local part of ``.grad`` as a flat view to add to; zeros where there was no gradient."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    if parameter.grad.is_sparse:  # of an embedding; the penalty pulls at all of its rows
+        parameter.grad = parameter.grad.to_dense()
     if not sharding.local_part(parameter.grad).is_contiguous():
         parameter.grad = parameter.grad.contiguous()
     return sharding.local_part(parameter.grad).view(-1)

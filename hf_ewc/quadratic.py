@@ -81,6 +81,8 @@ def _in_cache(piece: Piece, scale: float) -> float:
     for block in _blocks(piece, CACHE_BLOCK):
         size = block.importance.numel()
         theta = block.theta if block.index is None else block.theta[block.index]
+        if theta.dtype != dtype:  # two half-precision operands would be subtracted in theirs
+            theta = scratch[0, :size].copy_(theta)
         delta = torch.sub(theta, block.anchor, out=scratch[0, :size])
         pull = torch.mul(delta, block.importance, out=scratch[1, :size])
         total += torch.dot(delta, pull).item()

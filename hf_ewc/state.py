@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from hf_ewc import fingerprint, hub, packing, sharding, storage
 from hf_ewc.fisher.diagonal import Fisher
-from hf_ewc.naming import canonical_name, full_shape, is_partitioned, parameters_by_name, unwrap
+from hf_ewc.naming import (
+    canonical_name,
+    full_shape,
+    is_partitioned,
+    names_in,
+    parameters_by_name,
+    unwrap,
+)
 from hf_ewc.packing import PackedTensor, TensorMap
 from hf_ewc.processes import is_main_process as is_main
 
@@ -133,7 +140,8 @@ class EWCState:
         online (Schwarz et al. 2018, arXiv 1805.06370):
             A' = γA + wF,   c' = θ*,   offset' = 0
 
-        A parameter that the state has and the Fisher lacks takes part with F = 0.
+        A parameter that the state has and the Fisher lacks takes part with F = 0. As c is held in
+        fp32 (fp64 for fp64 parameters), A (θ − c) is off by up to 6e-8 |c| / |θ − c| of itself.
 
         Args:
             fisher: F, a mean over the task's examples.
@@ -150,7 +158,7 @@ class EWCState:
             ValueError: a value out of its range, a name missing in `parameters`, another shape, an
                 anchor that would not be finite, or another base model than before.
         """
-        _check_arguments(fisher, mode, gamma, weight)
+        _check_arguments(fisher, mode, gamma, weight, name)
         values = _parameter_values(parameters)
         new = {canonical_name(key): value for key, value in fisher.diagonal.items()}
         names = list(dict.fromkeys((*self.importance, *new)))
@@ -198,7 +206,7 @@ class EWCState:
         terms = [_half_square(*self.packed(name), parameters[name]) for name in self.importance]
         if not terms:
             device = next((p.device for p in parameters.values()), torch.device("cpu"))
-            return torch.zeros((), device=device)
+            return torch.zeros((), device=device, requires_grad=True)
         device = terms[0].device
         return torch.stack([term.to(device) for term in terms]).sum() + self.offset
 
@@ -269,6 +277,23 @@ class EWCState:
             importance[name] = packing.with_rows(importance[name], torch.zeros_like(theta))
             anchor[name] = packing.with_rows(anchor[name], theta)
         return replace(self, importance=TensorMap(importance), anchor=TensorMap(anchor))
+
+    def without(self, modules: Sequence[str] | str) -> EWCState:
+        """The state without the parameters in these modules, such as a head that is replaced.
+
+        Args:
+            modules: suffixes of the names of modules or parameters, or one regular expression.
+
+        Raises:
+            ValueError: an entry matches no parameter of the state.
+        """
+        dropped = names_in(modules, list(self.importance), "without", "the state")
+        importance, anchor = (
+            TensorMap({name: packed for name, packed in held.items() if name not in dropped})
+            for held in self._packed_maps()
+        )
+        offsets = {name: value for name, value in self.offsets.items() if name not in dropped}
+        return replace(self, importance=importance, anchor=anchor, offsets=offsets)
 
     def to(self, device: torch.device | str) -> EWCState:
         """The same state with its tensors on `device`."""
@@ -397,10 +422,13 @@ class EWCState:
 
     def _check_names(self, model: nn.Module, values_needed: bool) -> None:
         shapes, parameters = _shapes(self.importance), parameters_by_name(model)
+        recorded = self.metadata.get("fingerprint")
+        source = recorded.get("model") if isinstance(recorded, Mapping) else None
         _refuse_misfits(
-            f"The state does not fit {type(unwrap(model)).__name__}",
+            f"The state{f' of {source}' if source else ''} does not fit "
+            f"{type(unwrap(model)).__name__}",
             _misfits(shapes, parameters, "the state", values_needed),
-            "Rows that a classifier or an embedding has gained are admitted by state.grow_rows.",
+            _advice(shapes, parameters),
         )
 
     def _check_fingerprint(self, model: nn.Module) -> None:
@@ -435,7 +463,8 @@ def _combined(
     step = theta.to(dtype) - anchor.to(dtype)
     protected = total > 0
     share = torch.where(protected, new / total, 1.0)
-    moved = torch.where(protected, anchor + share * step, theta.to(dtype))
+    # θ itself where nothing else counts, not what rounding makes of anchor + (θ − anchor)
+    moved = torch.where(protected & (share < 1), anchor + share * step, theta.to(dtype))
     added = packing.gathered((earlier * share * step * step).sum(dtype=torch.float64))
     return total, moved, gamma * offset + 0.5 * added.item()
 
@@ -471,7 +500,10 @@ def _held(kind: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -
             raise TypeError(
                 f"The {kind} of {name!r} must be a floating-point tensor, got {value!r:.80}."
             )
-        held[canonical_name(name)] = packing.dense(_copy(value).to(dtype or value.dtype))
+        plain = canonical_name(name)
+        if plain in held:
+            raise ValueError(f"The {kind} holds {plain!r} twice, once under the name of a wrapper.")
+        held[plain] = packing.dense(_copy(value).to(dtype or value.dtype))
     return TensorMap(held)
 
 
@@ -501,7 +533,9 @@ def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _check_arguments(fisher: Fisher, mode: str, gamma: float, weight: float) -> None:
+def _check_arguments(
+    fisher: Fisher, mode: str, gamma: float, weight: float, name: str | None
+) -> None:
     if not isinstance(fisher, Fisher):
         raise TypeError(f"fisher must be a Fisher, got {type(fisher).__name__}.")
     if not fisher.diagonal:
@@ -512,12 +546,19 @@ def _check_arguments(fisher: Fisher, mode: str, gamma: float, weight: float) -> 
         raise ValueError(f"gamma is {gamma!r}; allowed is a number from 0 to 1.")
     if not 0.0 <= weight < math.inf:
         raise ValueError(f"weight is {weight!r}; allowed is a finite number of at least 0.")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name is a {type(name).__name__}, {name!r}; a task's name is a string.")
 
 
 def _parameter_values(parameters: Parameters) -> dict[str, Tensor]:
     if isinstance(parameters, nn.Module):
         return {name: sharding.values(p) for name, p in parameters_by_name(parameters).items()}
-    pairs = parameters.items() if isinstance(parameters, Mapping) else parameters
+    pairs = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
+    if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
+        raise TypeError(
+            f"parameters hold a {type(pairs[0]).__name__}; needed is the model, a dict by name, or "
+            "pairs of name and tensor as of model.named_parameters()."
+        )
     return {canonical_name(name): value for name, value in pairs}
 
 
@@ -542,6 +583,18 @@ def _misfits(
             seen = list(full_shape(parameters[name]))
             problems.append(f"{name}: {list(shape)} in {owner}, {seen} among the parameters")
     return problems
+
+
+def _advice(needed: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> str:
+    """What to do about parameters that are missing or have other shapes."""
+    there = {name: full_shape(parameters[name]) for name in needed if name in parameters}
+    grown = any(s[1:] == needed[name][1:] and s[:1] > needed[name][:1] for name, s in there.items())
+    rows = "Rows that a classifier or an embedding has gained are admitted by state.grow_rows. "
+    return (
+        "Use the model that was consolidated. "
+        + (rows if grown else "")
+        + "What was replaced, such as a head, is given up by state.without(['its name'])."
+    )
 
 
 def _refuse_misfits(title: str, problems: list[str], hint: str = "") -> None:

@@ -19,7 +19,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,24 @@ class Content:
 
 @dataclass(frozen=True)
 class Written:
-    """The tensor file that was written for a state: its SHA-256 and its size in bytes."""
+    """The tensor file that was written for a state: its SHA-256, and what tells if it changed."""
 
     digest: str
     size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Written:
+        return cls(_sha256(path), *_size_and_time(path))
 
     @property
     def name(self) -> str:
         return f"ewc_state-{self.digest[:16]}.safetensors"
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the file is there as it was written."""
+        path = folder / self.name
+        return path.is_file() and _size_and_time(path) == (self.size, self.changed)
 
 
 def save(
@@ -76,21 +86,23 @@ def save(
     Returns:
         The tensor file, None where it was not for this process to write.
     """
-    if write and written is not None and _is_there(folder / written.name, written.size):
-        _conclude(content, folder, written)
+    if write and written is not None and written.is_in(folder):
+        with _alone_in(folder):
+            _conclude(content, folder, written)
         return written
     # Reached by all processes or none where there are DTensors: `written` is None for them.
     tensors = _tensors(content)
     if not write:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    with _workplace(folder) as place:
-        save_file(tensors, place / "tensors", metadata={"format": "pt"})
-        # safetensors makes it for the owner alone; here it is for whom the process's umask says.
-        (place / "tensors").chmod(place.stat().st_mode & 0o666)
-        written = Written(_sha256(place / "tensors"), (place / "tensors").stat().st_size)
-        _move_into_place(place / "tensors", folder / written.name)
-    _conclude(content, folder, written)
+    with _alone_in(folder):
+        with _workplace(folder) as place:
+            save_file(tensors, place / "tensors", metadata={"format": "pt"})
+            # safetensors makes it for the owner alone; here it is for whom the umask says.
+            (place / "tensors").chmod(place.stat().st_mode & 0o666)
+            written = Written.of(place / "tensors")
+            _move_into_place(place / "tensors", folder / written.name)
+        _conclude(content, folder, written)
     return None if content.importance.is_sharded else written
 
 
@@ -99,8 +111,8 @@ def _conclude(content: Content, folder: Path, written: Written) -> None:
     _remove_stale(folder)
 
 
-def _is_there(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _size_and_time(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def has_state(folder: Path | str) -> bool:
@@ -112,7 +124,7 @@ def save_reference(folder: Path | str, checkpoint: Path | str) -> None:
     """Give `checkpoint`, a folder directly inside `folder`, the state that `folder` holds now.
 
     Only the JSON file is written; the tensor file stays in `folder`, which keeps it as long as a
-    `checkpoint-*` folder refers to it.
+    folder inside it refers to it.
 
     Raises:
         ValueError: `folder` holds no state, or `checkpoint` is not directly inside it.
@@ -123,8 +135,9 @@ def save_reference(folder: Path | str, checkpoint: Path | str) -> None:
     content = _read_json(folder)
     _parsed(content, folder / STATE_FILE)
     checkpoint.mkdir(exist_ok=True)
-    _write_bytes(checkpoint / STATE_FILE, content)
-    _remove_temporary(checkpoint)
+    with _alone_in(checkpoint):
+        _write_bytes(checkpoint / STATE_FILE, content)
+        _remove_temporary(checkpoint)
 
 
 def load(folder: Path | str) -> Content:
@@ -244,7 +257,7 @@ def _content(document: Mapping[str, Any], folder: Path) -> Content:
             "It was truncated or altered; use another copy."
         )
     try:
-        tensors = load_file(path)
+        tensors = _mapped(path)
         importance, anchor, offsets = {}, {}, {}
         for name, entry in document["parameters"].items():
             shape, indices = torch.Size(entry["shape"]), tensors.get(f"indices/{name}")
@@ -256,6 +269,15 @@ def _content(document: Mapping[str, Any], folder: Path) -> Content:
     except (SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"The state in {folder} is damaged: {error!r}.") from None
     return Content(TensorMap(importance), TensorMap(anchor), offsets, tasks, metadata)
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except RuntimeError:  # what mapping a file says that another process has just removed
+        if path.is_file():
+            raise
+        raise FileNotFoundError(2, "No such file", path.name) from None
 
 
 def _tensor_path(folder: Path, name: str) -> Path:
@@ -279,6 +301,26 @@ def _write_bytes(path: Path, content: bytes) -> None:
     with _workplace(path.parent) as place:
         (place / "content").write_bytes(content)
         _move_into_place(place / "content", path)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One writer at a time, so that none takes another's files for leftovers.
+
+    A lock on the folder itself, which ends with the process. File systems without locks go without.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -322,7 +364,7 @@ def _sha256(path: Path) -> str:
 def _remove_stale(folder: Path) -> None:
     """Remove tensor files that no state here refers to, and temporary folders."""
     needed: set[str] = set()
-    for path in (folder / STATE_FILE, *folder.glob(f"checkpoint-*/{STATE_FILE}")):
+    for path in (folder / STATE_FILE, *folder.glob(f"*/{STATE_FILE}")):
         # By text, not by structure: a reference in a file of a newer format counts as well.
         needed.update(_TENSOR_FILE.findall(path.read_text(encoding="utf-8", errors="replace")))
     for path in folder.glob("ewc_state-*"):

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from transformers import EvalPrediction, ProgressCallback, TrainingArguments, se
 
 from hf_ewc.checkpoints import is_complete
 from hf_ewc.config import EWCConfig
+from hf_ewc.fisher.outputs import shifts_labels
 from hf_ewc.heads import ClassMask
 from hf_ewc.labels import CLASS_INCREMENTAL, SCENARIOS, accuracy, guess_scenario, labels_of
 from hf_ewc.metrics import AccuracyMatrix
+from hf_ewc.naming import full_shape, unwrap
 from hf_ewc.processes import check_launch
 from hf_ewc.progress import TaskProgress
 from hf_ewc.report import read_results, write_report, write_results
@@ -122,8 +125,9 @@ def run_tasks(
     For each task: a trainer with `args`, `train()`, `evaluate` on every task so far,
     `consolidate()`; then model, state and results are saved. After a crash or a kill at any moment
     the same call goes on: with the last whole checkpoint that `args.save_strategy` left inside the
-    task, or with the task's beginning, and ends with the same weights and results. Task k trains
-    with the seed `args.seed + k`, counted from 0.
+    task, or with the task's beginning, and ends with the same weights and results; with further
+    tasks behind those of an earlier call it goes on with these. Task k trains with the seed
+    `args.seed + k`, counted from 0.
 
     Args:
         model: trained in place; to go on, give it as it was at first.
@@ -147,9 +151,13 @@ def run_tasks(
         ValueError: no tasks, names that repeat, labels outside a task's classes, a metric that
             evaluation did not return, an output folder that holds a different run, or fewer
             processes than were asked for.
-        TypeError: `ewc_config` is given and `trainer_class` cannot consolidate.
+        TypeError: an argument of another type, or `ewc_config` is given and `trainer_class` cannot
+            consolidate.
     """
+    _check_types(tasks, args, ewc_config)
     _check(tasks, args, ewc_config, trainer_class, scenario)
+    for task in tasks:
+        _check_score(task, task.compute_metrics or compute_metrics)
     if ewc_state is not None and ewc_config is None:
         raise ValueError("run_tasks got an ewc_state without ewc_config; give both, or neither.")
     run = _Run(
@@ -288,14 +296,19 @@ class _Run:
             found[task.name] = {
                 key.removeprefix(f"{prefix}_"): float(value)
                 for key, value in metrics.items()
-                if key.startswith(prefix) and not key.endswith(("_runtime", "_per_second"))
+                if key.startswith(prefix)
+                and not key.endswith(("_runtime", "_per_second"))
+                and np.ndim(value) == 0
+                and isinstance(value, (int, float, np.number))
             }
         trainer.data_collator, trainer.compute_metrics = own
         return found
 
     def _metrics_of(self, task: Task) -> Metrics | None:
         given = task.compute_metrics or self.compute_metrics
-        return given or (accuracy if task.metric == "accuracy" else None)
+        if given is not None or task.metric != "accuracy":
+            return given
+        return partial(accuracy, shifted=bool(shifts_labels(unwrap(self.model))))
 
     def _classes(self, task: Task | None) -> AbstractContextManager[None]:
         if self.mask is None:
@@ -321,22 +334,30 @@ class _Run:
         runs, content = read_results(self.results)
         _check_same_run(self.results, content.get("settings"), self._settings)
         (saved,) = runs[self._method]
-        self.matrix.scores, self.matrix.baseline = saved.scores, saved.baseline
+        self.matrix.take_over(saved)
         self.metrics = content["metrics"]
         done = len(self.metrics)
         if not done:
             return
         folder = self._model_folder(done - 1)
-        logger.info("%d of %d tasks are done; going on with %s.", done, len(self.tasks), folder)
+        if self._is_main:
+            logger.warning(
+                "%d of %d tasks were done before; going on from %s.", done, len(self.tasks), folder
+            )
         if not load_converted(self.model, folder):
             self._trainer(done - 1)._load_from_checkpoint(str(folder))
         if self.config is not None:
             self.state = EWCState.from_pretrained(str(folder))
 
     def _report(self) -> None:
+        args, config = self.args, self.config
         notes = [
-            f"{len(self.metrics)} of {len(self.tasks)} tasks learnt; {self.scenario}-incremental."
+            f"{len(self.metrics)} of {len(self.tasks)} tasks learnt; {self.scenario}-incremental; "
+            f"{type(unwrap(self.model)).__name__}, learning rate {args.learning_rate:g}, "
+            f"seed {args.seed}."
         ]
+        if config is not None:
+            notes.append(config.summary())
         if self.scenario == "class":
             notes.append(f"**{CLASS_INCREMENTAL}**")
         # results.json goes last: what it records is there in full.
@@ -356,11 +377,17 @@ class _Run:
         """What has to be the same for one run to go on from another, in JSON's types."""
         settings = {
             "trainer": self.trainer_class.__name__,
+            "model": [
+                type(unwrap(self.model)).__name__,
+                sum(full_shape(p).numel() for p in self.model.parameters()),
+            ],
             "tasks": [
                 {
                     "name": task.name,
                     "classes": None if task.classes is None else [int(c) for c in task.classes],
                     "metric": task.metric,
+                    "compute_metrics": _qualified_name(self._metrics_of(task)),
+                    "examples": [_length(task.train_dataset), _length(task.eval_dataset)],
                 }
                 for task in self.tasks
             ],
@@ -416,12 +443,13 @@ def _check(
     for task in tasks:
         if task.classes is None:
             continue
-        outside = labels_of(task.train_dataset) - set(task.classes)
-        if outside:
-            raise ValueError(
-                f"task {task.name!r} has the labels {sorted(outside)} in its training data, which "
-                f"are not among its classes {list(task.classes)}."
-            )
+        for kind, data in (("training", task.train_dataset), ("evaluation", task.eval_dataset)):
+            outside = labels_of(data) - set(task.classes)
+            if outside:
+                raise ValueError(
+                    f"task {task.name!r} has the labels {sorted(outside)} in its {kind} data, "
+                    f"which are not among its classes {list(task.classes)}."
+                )
         if args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {args.label_smoothing_factor}; it would spread over "
@@ -429,13 +457,58 @@ def _check(
             )
 
 
+def _check_types(tasks: Any, args: Any, config: Any) -> None:
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
+        raise TypeError("tasks must be a list of hf_ewc.Task, one for each task.")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args must be TrainingArguments, got {type(args).__name__}.")
+    if config is not None and not isinstance(config, EWCConfig):
+        raise TypeError(f"ewc_config must be an EWCConfig or None, got {type(config).__name__}.")
+
+
+def _check_score(task: Task, compute_metrics: Metrics | None) -> None:
+    if task.eval_dataset is None:
+        raise ValueError(f"task {task.name!r} has no eval_dataset, on which its score is measured.")
+    if compute_metrics is None and task.metric not in ("accuracy", "loss"):
+        raise ValueError(
+            f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
+            "'accuracy' and 'loss'."
+        )
+
+
+def _qualified_name(metrics: Any) -> str | None:
+    metrics = getattr(metrics, "func", metrics)
+    return getattr(metrics, "__qualname__", None)
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
 def _check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
-    found = found if isinstance(found, Mapping) else {}
-    different = [key for key in wanted if found.get(key) != wanted[key]]
-    if different:
-        lines = [f"  {key}: {found.get(key)} there, {wanted[key]} now" for key in different]
+    """Refuse to go on from a run with other settings; further tasks are welcome."""
+    found = dict(found) if isinstance(found, Mapping) else {}
+    before = found.get("tasks") or []
+    wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
+    lines = [line for key in wanted for line in _differences(key, found.get(key), wanted[key])]
+    if lines:
         raise ValueError(
             f"{path} is of a run with other settings:\n"
             + "\n".join(lines)
             + "\nChoose another output_dir, or begin anew with resume=False."
         )
+
+
+def _differences(key: str, found: Any, wanted: Any) -> list[str]:
+    """One line for each entry that is not the same."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        names = dict.fromkeys((*found, *wanted))
+        return [
+            line
+            for name in names
+            for line in _differences(f"{key}.{name}", found.get(name), wanted.get(name))
+        ]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return [line for i, (f, w) in pairs for line in _differences(f"{key}[{i}]", f, w)]
+    return [] if found == wanted else [f"  {key}: {found} there, {wanted} now"]

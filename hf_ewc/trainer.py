@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,15 @@ from hf_ewc import checkpoints, deepspeed, model_card
 from hf_ewc.config import EWCConfig
 from hf_ewc.consolidation import fisher_of
 from hf_ewc.loss_scaling import correct_loss_scaling
+from hf_ewc.naming import select_parameters
 from hf_ewc.penalty import Penalty
 from hf_ewc.processes import check_launch
 from hf_ewc.refusals import check_supported
 from hf_ewc.state import EWCState
 from hf_ewc.training_log import PenaltyLog, warn_about
 from hf_ewc.weights import load_converted
+
+logger = logging.getLogger("hf_ewc")
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -53,22 +58,28 @@ class EWCMixin(_Base):
         ewc_state: EWCState | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        if ewc_config is not None and not isinstance(ewc_config, EWCConfig):
+            raise TypeError(
+                f"ewc_config is a {type(ewc_config).__name__}; needed is an EWCConfig, such as "
+                "EWCConfig(ewc_lambda=1e3)."
+            )
         self._ewc_requested = ewc_config is not None
         self.ewc_config = ewc_config if ewc_config is not None else EWCConfig()
         self._ewc_state = EWCState()
         self._ewc_penalty: Penalty | None = None
         self._ewc_log: PenaltyLog | None = None
         self._ewc_run: object = None  # the TrainerState of the run that was last prepared for
+        self._ewc_weighting: object = None  # the settings that the penalty's weights came from
+        self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
         super().__init__(*args, **kwargs)
         if self._ewc_requested or ewc_state is not None:
             check_launch(self.accelerator.num_processes)
             check_supported(self)
         if ewc_state is not None:
-            if not isinstance(ewc_state, EWCState):
-                self.accelerator.wait_for_everyone()  # the main process may be writing it still
-                ewc_state = EWCState.from_pretrained(ewc_state)
             self.ewc_state = ewc_state
+        if self._ewc_requested and self.model is not None:
+            self._ewc_check_patterns()
 
     @property
     def ewc_state(self) -> EWCState:
@@ -76,7 +87,19 @@ class EWCMixin(_Base):
         return self._ewc_state
 
     @ewc_state.setter
-    def ewc_state(self, state: EWCState) -> None:
+    def ewc_state(self, state: EWCState | str | os.PathLike[str] | None) -> None:
+        if isinstance(state, (str, os.PathLike)):
+            self.accelerator.wait_for_everyone()  # the main process may be writing it still
+            folder, state = state, EWCState.from_pretrained(state)
+            if not state and self.is_world_process_zero():
+                logger.warning("The EWC state in %s is empty and protects nothing.", folder)
+        elif state is None:
+            state = EWCState()
+        if not isinstance(state, EWCState):
+            raise TypeError(
+                f"ewc_state is a {type(state).__name__}; needed is an EWCState, a folder that "
+                "save_pretrained wrote, an id on the Hub, or None."
+            )
         if state:
             check_supported(self)
             state.check(self._ewc_model)
@@ -110,8 +133,8 @@ class EWCMixin(_Base):
         protects what was learned in pretraining.
 
         Args:
-            dataset: examples as for training; the training data if None. An iterable data set is
-                read in order.
+            dataset: examples as the trainer's own ``train_dataset`` has them (TRL's trainers
+                tokenize theirs at construction); that if None. An iterable is read in order.
             name: of the task, for the records.
             weight: the task's weight in the sum of penalties.
 
@@ -120,6 +143,7 @@ class EWCMixin(_Base):
 
         Raises:
             ValueError: there is no data, or none with labels.
+            TypeError: ``dataset`` is no data set.
         """
         config = self.ewc_config
         fisher = fisher_of(
@@ -175,9 +199,10 @@ class EWCMixin(_Base):
         if not self._ewc_active:
             return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         if self._ewc_run is not self.state:
-            self._ewc_prepare_run(model, inputs, num_items_in_batch)
+            self._ewc_prepare_run(model)
         self._ewc_in_step = True
         try:
+            self._ewc_correct_scaling(model, inputs, num_items_in_batch)
             loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
         finally:
             self._ewc_in_step = False
@@ -187,49 +212,92 @@ class EWCMixin(_Base):
 
     def _ewc_add_gradients(self) -> None:
         """Add λ F (θ − θ*) to the gradients, in the units that a gradient scaler left them in."""
-        if self._ewc_penalty is None or self._ewc_log is None:
+        penalty = self._ewc_penalty
+        if penalty is None or self._ewc_log is None:
             return
+        self._ewc_reweight(penalty)
         if self.is_deepspeed_enabled:
-            self._ewc_log.add(deepspeed.add_gradients(self._ewc_penalty, self.deepspeed))
-            return
-        scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        self._ewc_log.add(self._ewc_penalty.add_gradients(scale))
+            values = deepspeed.add_gradients(penalty, self.deepspeed)
+        else:
+            scaler = self.accelerator.scaler
+            values = penalty.add_gradients(1.0 if scaler is None else float(scaler.get_scale()))
+        self._ewc_log.add(values, penalty.constant)
 
-    def _ewc_prepare_run(
+    def _ewc_correct_scaling(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> None:
+        """Find out, by the first batch that tells, whether the loss is scaled as assumed."""
+        if self._ewc_loss_is_scaled:
+            return
+        own = [c for c in type(self).__mro__ if "compute_loss" in vars(c)]
+        own = [c for c in own if c not in (EWCMixin, Trainer)]
+        if any(c.__module__.startswith("trl.") for c in own):
+            self._ewc_loss_is_scaled = True  # they see to it, and keep counts of their calls
+            return
+        self._ewc_loss_is_scaled = correct_loss_scaling(
+            self, model, inputs, num_items, self.compute_loss if own else None
+        )
+
+    def _ewc_prepare_run(self, model: nn.Module) -> None:
         """At the first step of a run: the Trainer makes a new ``TrainerState`` for each.
 
         Only now are the parameters those that will be trained: FSDP2 has replaced them all, and
         ``auto_find_batch_size`` may have wrapped the model anew.
         """
-        own, parent = type(self).compute_loss, getattr(super().compute_loss, "__func__", None)
-        if own is EWCMixin.compute_loss and parent is Trainer.compute_loss:
-            correct_loss_scaling(self, model, inputs, num_items)
+        self._ewc_loss_is_scaled = False
         self._ewc_penalty = None
         if self._ewc_state:
             self._ewc_penalty = self._ewc_bind(model)
             self._ewc_log = PenaltyLog(
-                [term.name for term in self._ewc_penalty.terms],
-                self._ewc_penalty.constant,
-                self.ewc_config.ewc_log_groups,
+                [term.name for term in self._ewc_penalty.terms], self.ewc_config.ewc_log_groups
             )
-            warn_about(self._ewc_penalty)
+            online = self.ewc_config.ewc_mode == "online"
+            warn_about(self._ewc_penalty, online and self.state.global_step == 0)
             if self.is_deepspeed_enabled:
                 # The engine takes its step inside the backward pass, before training_step is back.
                 deepspeed.before_each_step(model, self._ewc_add_gradients)
         self._ewc_run = self.state
 
+    def _ewc_check_patterns(self) -> None:
+        """Refuse patterns that match nothing now, not after the training that they were meant for.
+
+        Raises:
+            ValueError: a pattern of the configuration matches no parameter.
+        """
+        config, state = self.ewc_config, self._ewc_state
+        patterns = config.ewc_target_modules, config.ewc_exclude_modules
+        if any(patterns) or config.ewc_layer_lambdas:
+            names = select_parameters(self._ewc_model, *patterns)
+            config.lambdas(state.importance or names)
+
     def _ewc_bind(self, model: nn.Module) -> Penalty:
-        weights = self.ewc_config.lambdas(self._ewc_state.importance, self._ewc_state.num_tasks)
-        return Penalty(self._ewc_state, model, weights, self.ewc_config.ewc_offload)
+        self._ewc_weighting = _weighting(self.ewc_config)
+        return Penalty(self._ewc_state, model, self._ewc_weights(), self.ewc_config.ewc_offload)
+
+    def _ewc_weights(self) -> dict[str, float]:
+        """λ of each parameter of the state, 0 where the configuration leaves it free."""
+        config = self.ewc_config
+        weights = config.lambdas(self._ewc_state.importance, self._ewc_state.num_tasks)
+        patterns = config.ewc_target_modules, config.ewc_exclude_modules
+        if not any(patterns):
+            return weights
+        chosen = set(select_parameters(self._ewc_model, *patterns, trainable_only=False))
+        return {name: weight if name in chosen else 0.0 for name, weight in weights.items()}
+
+    def _ewc_reweight(self, penalty: Penalty) -> None:
+        """Follow changes of the configuration, as a callback that anneals λ makes them."""
+        weighting = _weighting(self.ewc_config)
+        if weighting != self._ewc_weighting:
+            self.ewc_config = replace(self.ewc_config)  # checks the values
+            penalty.reweight(self._ewc_weights())
+            self._ewc_weighting = weighting
 
     def _ewc_bound(self) -> Penalty:
         """The penalty on the model's present parameters, also outside of a run."""
         if self._ewc_penalty is None or not self._ewc_penalty.fits(self._ewc_model):
             self._ewc_penalty = self._ewc_bind(self._ewc_model)
             self._ewc_run = None
+        self._ewc_reweight(self._ewc_penalty)
         return self._ewc_penalty
 
     # ---- Logs ----
@@ -270,9 +338,7 @@ class EWCMixin(_Base):
         found = checkpoints.checkpoint_to_resume(resume, self._ewc_folder)
         checkpoints.check_same_everywhere(found)
         if isinstance(found, (str, os.PathLike)):
-            state = checkpoints.stored_state(Path(found))
-            if state is not None:
-                self.ewc_state = state
+            self.ewc_state = checkpoints.stored_state(Path(found), self._ewc_state)
         return found
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
@@ -302,10 +368,20 @@ class EWCMixin(_Base):
         in shards.
         """
         folder = self._ewc_folder if output_dir is None else Path(output_dir)
-        if self._ewc_state:
-            in_checkpoint = _internal_call and output_dir is not None
-            checkpoints.store(self._ewc_state, folder, in_checkpoint, self.args.should_save)
+        in_checkpoint = _internal_call and output_dir is not None
+        checkpoints.store(self._ewc_state, folder, in_checkpoint, self.args.should_save)
         super().save_model(output_dir, _internal_call)
+
+
+def _weighting(config: EWCConfig) -> tuple[object, ...]:
+    """What the weights of a penalty depend on."""
+    return (
+        config.ewc_lambda,
+        config.ewc_lambda_growth,
+        str(config.ewc_layer_lambdas),
+        str(config.ewc_target_modules),
+        str(config.ewc_exclude_modules),
+    )
 
 
 class EWCTrainer(EWCMixin, Trainer):

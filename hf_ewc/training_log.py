@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -13,6 +14,7 @@ logger = logging.getLogger("hf_ewc")
 
 LONG_WINDOWS, LONG_STEPS = 3, 50
 FAR = 1.0
+BESIDE = 0.01
 
 
 class PenaltyLog:
@@ -24,22 +26,27 @@ class PenaltyLog:
 
     Args:
         names: the parameters whose values :meth:`add` gets.
-        constant: the part of the penalty that no parameter changes.
         by_group: also log the penalty of each group of layers, ``ewc_penalty/<group>``.
     """
 
-    def __init__(self, names: Sequence[str], constant: float, by_group: bool = False) -> None:
-        self._constant = constant
+    def __init__(self, names: Sequence[str], by_group: bool = False) -> None:
         self._groups = [layer_group(name) for name in names] if by_group else []
         self._window: Tensor | None = None
+        self._constants = 0.0
         self._steps = 0
         self._total = 0.0
         self._total_steps = 0
         self._outweighing = _Outweighing()
 
-    def add(self, values: Tensor) -> None:
-        """Take in the λ-weighted value of each parameter at one optimizer step; no host sync."""
+    def add(self, values: Tensor, constant: float = 0.0) -> None:
+        """Take in the λ-weighted value of each parameter at one optimizer step; no host sync.
+
+        Args:
+            values: one for each name.
+            constant: the part of the penalty that no parameter changes.
+        """
         self._window = values if self._window is None else self._window + values
+        self._constants += constant
         self._steps += 1
 
     def amend(self, logs: dict[str, float]) -> None:
@@ -54,11 +61,11 @@ class PenaltyLog:
             logs["train_loss"] += self._total / max(self._total_steps, 1)
 
     def _amend_window(self, logs: dict[str, float]) -> None:
-        steps = self._steps
+        steps, constant = self._steps, self._constants / self._steps
         values = [value / steps for value in self._drain()]
         varying = sum(values)
         logs["task_loss"] = logs["loss"]
-        logs["ewc_penalty"] = varying + self._constant
+        logs["ewc_penalty"] = varying + constant
         logs["loss"] = logs["task_loss"] + logs["ewc_penalty"]
         for group, value in zip(self._groups, values, strict=False):
             key = f"ewc_penalty/{group}"
@@ -68,9 +75,9 @@ class PenaltyLog:
     def _drain(self) -> list[float]:
         """The sums of the window by parameter; adds the window to the run's total."""
         values: list[float] = [] if self._window is None else self._window.tolist()
-        self._total += sum(values) + self._constant * self._steps
+        self._total += sum(values) + self._constants
         self._total_steps += self._steps
-        self._window, self._steps = None, 0
+        self._window, self._constants, self._steps = None, 0.0, 0
         return values
 
 
@@ -85,6 +92,16 @@ class _Outweighing:
         self._warned = False
 
     def watch(self, penalty: float, task_loss: float, steps: int) -> None:
+        if not math.isfinite(penalty):
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "The EWC penalty is %s: the steps are too long for it. Plain gradient descent "
+                    "overshoots where learning rate × λ × F is above 2. Lower ewc_lambda or the "
+                    "learning rate, or clip gradients (max_grad_norm).",
+                    penalty,
+                )
+            return
         if not penalty > abs(task_loss):
             self._windows = self._steps = 0
             return
@@ -103,26 +120,45 @@ class _Outweighing:
         )
 
 
-def warn_about(penalty: Penalty) -> None:
+def warn_about(penalty: Penalty, at_anchor: bool) -> None:
     """Warn about a penalty that protects nothing, or whose anchor is another model.
 
-    The quadratic is a second-order expansion around θ*. Where ‖θ − θ*‖ > ‖θ*‖ as training starts,
-    the parameters are not near θ* in any sense (two independent random models are √2 apart), so
-    they were not the ones consolidated.
+    The quadratic is a second-order expansion around θ*. A weight matrix with ‖θ − θ*‖ > ‖θ*‖ as
+    training starts is not near θ* in any sense (two independent random ones are √2 apart), so it is
+    not the one that was consolidated.
+
+    Args:
+        penalty: as training starts.
+        at_anchor: whether θ = θ* is expected, as at the beginning of a task in online mode.
     """
     if penalty.is_zero:
         logger.warning(
-            "The EWC state protects nothing: every importance of a trainable parameter is zero. "
-            "Was it estimated on data with labels, on the parameters that are trained now?"
+            "The EWC state protects nothing: the importance of every trainable parameter is zero, "
+            "or its λ. Was it estimated on data with labels, on the parameters that are trained "
+            "now? A PEFT adapter loaded without is_trainable=True is frozen."
         )
         return
-    distance = penalty.relative_distance()
-    if distance > FAR:
+    distances = penalty.relative_distances()
+    far = [term.name for term, distance in distances if distance > FAR and term.is_matrix]
+    if far:
         logger.warning(
-            "The EWC anchor is far from the model: the distance is %.2g times the anchor's own "
-            "norm, where the quadratic penalty means nothing. Start from the weights that were "
-            "consolidated.",
+            "The EWC anchor of %d of %d parameters (%s) is far from the model: by more than its "
+            "own norm, where the quadratic penalty means nothing. Start from the weights that were "
+            "consolidated; what was replaced, such as a head, is given up by state.without.",
+            len(far),
+            len(distances),
+            ", ".join(far[:3]) + (", …" if len(far) > 3 else ""),
+        )
+        return
+    name, distance = max(((t.name, d) for t, d in distances), key=lambda pair: pair[1])
+    if at_anchor and distance > BESIDE:
+        logger.warning(
+            "Training does not start from the weights that were consolidated: %s is %.2g times its "
+            "norm away from the EWC anchor, and the penalty is %.3g already. Start from the model "
+            "as it was after the last task.",
+            name,
             distance,
+            penalty.value(),
         )
 
 

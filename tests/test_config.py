@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
@@ -172,3 +173,21 @@ def test_lambdas():
     assert config.lambdas(names) == {"body.weight": 10.0, "head.weight": 3.0}
     assert config.lambdas(names, 0) == config.lambdas(names, 1)
     assert config.lambdas(names, 3) == {"body.weight": 40.0, "head.weight": 12.0}
+
+
+def test_numbers_as_yaml_and_numpy_give_them() -> None:
+    config = EWCConfig(
+        ewc_lambda="1e4",  # type: ignore[arg-type]
+        ewc_gamma=np.float32(0.5),  # type: ignore[arg-type]
+        fisher_samples=np.int64(7),  # type: ignore[arg-type]
+    )
+    assert (config.ewc_lambda, config.ewc_gamma, config.fisher_samples) == (1e4, 0.5, 7)
+    assert type(config.fisher_samples) is int
+    with pytest.raises(ValueError, match="ewc_lambda is 'much'"):
+        EWCConfig(ewc_lambda="much")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("growth", [1e300, 1e20])
+def test_a_lambda_that_grows_out_of_range_is_refused(growth: float) -> None:
+    with pytest.raises(ValueError, match="fp32 holds up to"):
+        EWCConfig(ewc_lambda_growth=growth).lambdas(["a"], 4)

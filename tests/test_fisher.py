@@ -528,3 +528,197 @@ def test_a_fisher_by_hand_is_checked():
         Fisher({"w": torch.ones(1)}, 0)
     with pytest.raises(ValueError, match="allowed are"):
         Fisher({"w": torch.ones(1)}, 1, "other")
+
+
+class TimeFirst(nn.Module):
+    """Works on (time, batch, features): the first axis is not the batch's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, labels=None):
+        hidden = torch.tanh(self.inner(x.transpose(0, 1)))
+        return {"logits": self.head(hidden.transpose(0, 1).contiguous())}
+
+
+def positions_scores(model, batch):
+    model, terms = copy.deepcopy(model).double(), []
+    for n, labels in enumerate(batch["labels"]):
+        kept = labels != -100
+        if kept.any():
+            logp = model(batch["x"][n : n + 1].double())["logits"][0].log_softmax(-1)
+            terms += squared_scores(model, [logp[kept].gather(1, labels[kept][:, None]).sum()])
+    return mean(terms, len(terms))
+
+
+def test_examples_without_labels_prove_nothing():
+    batch = {
+        "x": torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(1)),
+        "labels": torch.randint(0, 3, (6, 4), generator=torch.Generator().manual_seed(2)),
+    }
+    batch["labels"][:3] = -100
+    model = TimeFirst()
+    with pytest.warns(UserWarning, match="one by one"):
+        fisher = estimate_fisher(model, iter([batch]), fisher_type="empirical")
+    assert fisher.num_examples == 3
+    oracle.assert_close(fisher.diagonal, positions_scores(model, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_examples_are_proved_apart_in_half_precision(dtype):
+    model = TimeFirst().to(dtype)
+    batch = {
+        "x": torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype),
+        "labels": torch.randint(0, 3, (6, 4), generator=torch.Generator().manual_seed(2)),
+    }
+    with pytest.warns(UserWarning, match="one by one"):
+        fisher = estimate_fisher(model, iter([batch]), fisher_type="empirical")
+    oracle.assert_close(fisher.diagonal, positions_scores(model, batch), 0.05)
+
+
+class Tokens(nn.Module):
+    """A class for each position of (batch, time, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x, labels=None):
+        return {"logits": self.head(x)}
+
+
+def test_items_of_a_data_set_are_examples_and_those_of_a_list_may_be_batches():
+    generator = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(6, 5, 4, generator=generator), torch.arange(30).view(6, 5) % 3
+    items = [{"x": x[n], "labels": labels[n]} for n in range(6)]
+    rows = datasets.Dataset.from_dict({"x": x.tolist(), "labels": labels.tolist()})
+    whole = estimate_fisher(Tokens(), iter([{"x": x, "labels": labels}]))
+    for data in (rows.with_format("torch"), torch.utils.data.Subset(items, range(6))):
+        fisher = estimate_fisher(Tokens(), data)
+        assert fisher.num_examples == 6
+        oracle.assert_close(fisher.diagonal, whole.diagonal)
+
+
+class Shifted(Classifier):
+    """Takes something that all examples share."""
+
+    def forward(self, x, shift=None, labels=None):
+        return super().forward(x + shift)
+
+
+@pytest.mark.parametrize("share", [torch.ones(1, 4), torch.tensor(1.0)])
+def test_an_input_may_be_shared_by_the_batch(share):
+    batch = {"x": features(), "labels": classes(6, 3)}
+    expected = estimate_fisher(Classifier(3), [{**batch, "x": features() + 1.0}])
+    for data in ([{**batch, "shift": share}], iter([{**batch, "shift": share}])):
+        fisher = estimate_fisher(Shifted(3), data, fallback="error")
+        assert fisher.num_examples == 6
+        oracle.assert_close(fisher.diagonal, expected.diagonal)
+
+
+class Checkpointed(Classifier):
+    def forward(self, x, labels=None):
+        def inner(value):
+            return torch.tanh(self.hidden(value))
+
+        hidden = torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+        return {"logits": self.head(hidden)}
+
+
+def test_a_checkpoint_of_the_models_own():
+    batch = {"x": features(), "labels": classes(6, 3)}
+    with pytest.warns(UserWarning, match="one by one"):
+        fisher = estimate_fisher(Checkpointed(3), [batch])
+    oracle.assert_close(fisher.diagonal, estimate_fisher(Classifier(3), [batch]).diagonal)
+
+
+def test_a_parameter_with_gaps_in_memory():
+    batch, model, plain = {"x": features(), "labels": classes(6, 3)}, Classifier(3), Classifier(3)
+    wide = torch.zeros(5, 10)
+    wide[:, 3:7] = model.hidden.weight.detach()
+    model.hidden.weight = nn.Parameter(wide[:, 3:7])
+    fisher = estimate_fisher(model, [batch], fallback="error")
+    oracle.assert_close(fisher.diagonal, estimate_fisher(plain, [batch]).diagonal)
+
+
+class Remembering(Classifier):
+    """Notes things in a forward, as dynamic position embeddings and classification heads do."""
+
+    def __init__(self):
+        super().__init__(3, "single_label_classification")
+        self.longest = 0
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x, labels=None):
+        self.longest, self.later = 7, True
+        self.config.problem_type = "noted"
+        self.config.problem_type = "single_label_classification"
+        self.config.noted = True
+        self.count.data += 1
+        return super().forward(x)
+
+
+def test_what_a_forward_notes_is_forgotten():
+    model = Remembering()
+    estimate_fisher(model, [{"x": features(), "labels": classes(6, 3)}])
+    assert model.longest == 0
+    assert model.count == 0
+    assert not hasattr(model, "later")
+    assert not hasattr(model.config, "noted")
+
+
+def test_large_gradients_in_fp16():
+    """Sums over positions above 65504 / 1024."""
+    model = Tokens()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    batch = {"x": 4 * torch.ones(2, 400, 4), "labels": torch.zeros(2, 400, dtype=torch.long)}
+    expected = estimate_fisher(model, iter([batch]), fisher_type="empirical")
+    half = {**batch, "x": batch["x"].half()}
+    fisher = estimate_fisher(model.half(), iter([half]), fisher_type="empirical")
+    assert float(expected.diagonal["head.weight"].max()) > 1000**2
+    oracle.assert_close(fisher.diagonal, expected.diagonal, 0.01)
+
+
+def test_a_collator_that_packs_examples_is_given_them_one_by_one():
+    def packing(examples):
+        return {
+            "x": torch.cat([e["x"] for e in examples]).unsqueeze(0),
+            "labels": torch.cat([e["labels"] for e in examples]).unsqueeze(0),
+        }
+
+    x, labels = features(12).view(3, 4, 4), classes(12, 3).view(3, 4)
+    examples = [{"x": x[n], "labels": labels[n]} for n in range(3)]
+    fisher = estimate_fisher(Tokens(), examples, data_collator=packing)
+    assert fisher.num_examples == 3
+    expected = estimate_fisher(Tokens(), iter([{"x": x, "labels": labels}]))
+    oracle.assert_close(fisher.diagonal, expected.diagonal)
+
+
+def test_which_parameters_are_asked_for():
+    model, batch = build("gpt2_tied")
+    by_alias = estimate_fisher(model, [batch], parameters=["lm_head.weight"], seed=1)
+    assert list(by_alias.diagonal) == ["transformer.wte.weight"]
+    with pytest.raises(TypeError, match="needed is a list of names"):
+        estimate_fisher(model, [batch], parameters="lm_head.weight")
+    with pytest.raises(ValueError, match="parameters is empty"):
+        estimate_fisher(model, [batch], parameters=[])
+
+
+def test_fishers_compare():
+    fisher = Fisher({"a": torch.ones(2)}, 3)
+    assert fisher == Fisher({"a": torch.ones(2)}, 3)
+    assert fisher != Fisher({"a": torch.zeros(2)}, 3)
+    assert fisher != Fisher({"a": torch.ones(2)}, 4)
+
+
+def test_gradient_checkpointing_with_several_passes():
+    model, batch = build("bert")
+    assert model.config.num_labels > 2
+    expected = oracle.exact(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    fisher = estimate_fisher(model.train(), [batch], fisher_type="exact", fallback="error")
+    oracle.assert_close(fisher.diagonal, expected)

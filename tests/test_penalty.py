@@ -182,12 +182,13 @@ def test_unprotected_parameters_are_left_alone() -> None:
     assert model.bias.grad is not None
 
 
-def test_relative_distance() -> None:
+def test_relative_distances() -> None:
     model = Net()
     importance, _ = random_quadratic(model)
     anchor = {name: p.detach() / 3 for name, p in model.named_parameters()}
     penalty = penalty_of(EWCState(importance, anchor), model)
-    assert penalty.relative_distance() == pytest.approx(2.0, rel=1e-5)
+    found = {term.name: distance for term, distance in penalty.relative_distances()}
+    assert found == pytest.approx(dict.fromkeys(importance, 2.0), rel=1e-5)
 
 
 def test_a_dense_pass_needs_scratch_space_of_two_blocks_only(
@@ -205,3 +206,56 @@ def test_a_dense_pass_needs_scratch_space_of_two_blocks_only(
     big = torch.randn(40 * quadratic.CACHE_BLOCK)
     value_and_gradient([Piece(big, big, torch.zeros_like(big), torch.zeros_like(big))])
     assert sum(made) == 2 * quadratic.CACHE_BLOCK
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_operands_are_subtracted_in_fp32(dtype: torch.dtype) -> None:
+    model = Net(dtype)
+    importance, anchor = random_quadratic(model)
+    anchor = {name: tensor.to(dtype) for name, tensor in anchor.items()}
+    value, _ = oracle(model, importance, anchor, 2.5)
+    state = EWCState(importance, anchor)
+    assert penalty_of(state, model).value() == pytest.approx(value, rel=1e-5)
+
+
+def test_other_weights_are_taken_up_and_zero_leaves_a_parameter_alone() -> None:
+    model = Net()
+    importance, anchor = random_quadratic(model)
+    state = EWCState(importance, anchor, offsets=dict.fromkeys(importance, 1.0))
+    penalty = penalty_of(state, model)
+    weights = {name: 4.0 if name == "matrix" else 0.0 for name in importance}
+    penalty.reweight(weights)
+    _, gradients = oracle(model, importance, anchor, 4.0)
+    values = penalty.add_gradients()
+    assert penalty.constant == 4.0
+    assert model.bias.grad is None
+    close(model.matrix.grad, gradients["matrix"])
+    at = [term.name for term in penalty.terms].index("matrix")
+    assert values[at] > 0
+    assert values.sum() == values[at]
+
+
+def test_what_is_frozen_is_looked_at_each_time() -> None:
+    model = Net()
+    importance, anchor = random_quadratic(model)
+    model.matrix.requires_grad_(False)
+    penalty = penalty_of(EWCState(importance, anchor), model)
+    with torch.no_grad():
+        model.matrix.add_(1.0)  # as load_state_dict would
+    value, gradients = oracle(model, importance, anchor, 2.5)
+    assert penalty.value() == pytest.approx(value, rel=1e-5)
+    model.matrix.requires_grad_(True)
+    model.bias.requires_grad_(False)
+    penalty.add_gradients()
+    assert model.bias.grad is None
+    close(model.matrix.grad, gradients["matrix"])
+
+
+def test_a_sparse_gradient_is_added_to() -> None:
+    model = nn.Embedding(9, 4, sparse=True)
+    importance, anchor = random_quadratic(model)
+    model(torch.tensor([1, 3])).sum().backward()
+    task = model.weight.grad.to_dense()
+    _, gradients = oracle(model, importance, anchor, 2.5)
+    penalty_of(EWCState(importance, anchor), model).add_gradients()
+    close(model.weight.grad - task, gradients["weight"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -441,7 +442,63 @@ def test_growing_refuses_what_is_not_more_rows():
         state.grow_rows(net(), ["weight"])
 
 
+def test_what_was_replaced_is_given_up():
+    body, old, new = nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(3, 2)
+    before = nn.Sequential(OrderedDict(body=body, head=old))
+    after = nn.Sequential(OrderedDict(body=body, head=new))
+    state = EWCState().consolidate(random_fisher(before, 0), before, mode="separate")
+    move(before, 0)
+    state = state.consolidate(random_fisher(before, 1), before, mode="separate")
+    with pytest.raises(ValueError, match=r"state.without"):
+        state.check(after)
+    left = state.without(["head"])
+    left.check(after)
+    assert set(left.importance) == set(left.anchor) == {"body.weight", "body.bias"}
+    assert left.offset == pytest.approx(sum(state.offsets[n] for n in left.importance))
+    assert left.tasks == state.tasks
+    with pytest.raises(
+        ValueError, match="without: the suffix 'haed' matches no parameter of the s"
+    ):
+        state.without(["haed"])
+    again = left.consolidate(random_fisher(after, 2), after)
+    assert "head.weight" in again.importance
+
+
+def test_a_task_that_alone_counts_is_anchored_at_its_own_parameters():
+    far = {"a": torch.tensor([1e6, 1.0])}
+    state = EWCState().consolidate(Fisher({"a": torch.tensor([1.0, 0.0])}), far, mode="separate")
+    near = {"a": torch.tensor([1e-3, 2.0])}
+    ones = Fisher({"a": torch.ones(2)})
+    state = state.consolidate(ones, near, mode="separate", gamma=0.0)
+    assert torch.equal(state.anchor["a"], near["a"])
+
+
+def test_the_maps_compare_with_dicts():
+    assert EWCState().importance == {}
+    state = EWCState({"a": torch.ones(2)}, {"a": torch.zeros(2)})
+    assert state.importance == {"a": torch.ones(2)}
+    assert state.anchor != {"a": torch.ones(2)}
+    assert state.anchor != {"b": torch.zeros(2)}
+
+
+def test_the_penalty_of_no_task_has_a_gradient_of_nothing():
+    model = net()
+    EWCState().penalty(model).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 # What is refused
+
+
+def test_names_that_become_one_are_refused():
+    with pytest.raises(ValueError, match="holds 'a' twice"):
+        EWCState({"a": torch.ones(2), "_orig_mod.a": torch.ones(2)}, ONE)
+
+
+def test_parameters_without_names_are_refused():
+    model = net()
+    with pytest.raises(TypeError, match="pairs of name and tensor"):
+        EWCState().consolidate(random_fisher(model, 0), list(model.parameters()))
 
 
 ONE = {"a": torch.ones(2)}
@@ -506,7 +563,7 @@ def test_parameters_that_do_not_fit_are_all_named():
         state.consolidate(Fisher({"0.weight": torch.ones(5, 7)}), {"0.weight": model[0].weight})
     with pytest.raises(ValueError, match=r"0\.weight"):
         state.penalty(other)
-    with pytest.raises(ValueError, match="The state does not fit Linear"):
+    with pytest.raises(ValueError, match="The state of Sequential does not fit Linear"):
         state.check(nn.Linear(1, 1))
 
 
@@ -553,7 +610,7 @@ def test_an_adapter_goes_on_in_any_precision_of_its_base():
     model = lora(bert())
     state = EWCState().consolidate(trainable(model), model)
     recorded = state.metadata["fingerprint"]
-    assert recorded["adapters"] == {"default": "LORA"}
+    assert recorded["adapters"] == {"default": "LORA scaled by 1"}
     assert recorded["model"] == "BertForSequenceClassification"
     with torch.no_grad():
         for parameter in model.parameters():
@@ -561,6 +618,37 @@ def test_an_adapter_goes_on_in_any_precision_of_its_base():
                 parameter.add_(1.0)
     state.check(model)
     state.consolidate(trainable(model), model).check(model.to(torch.bfloat16))
+
+
+def test_an_adapter_goes_on_on_a_base_in_fp16():
+    model = lora(bert())
+    state = EWCState().consolidate(trainable(model), model)
+    state.check(lora(bert()).to(torch.float16))
+
+
+def test_another_scaling_of_an_adapter_is_refused():
+    model = lora(bert())
+    state = EWCState().consolidate(trainable(model), model)
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+    with pytest.raises(ValueError, match=r"LORA scaled by \S+ at consolidation, LORA scaled by"):
+        state.check(model)
+
+
+def test_an_adapter_named_like_a_module_hides_no_base():
+    from peft import LoraConfig, get_peft_model
+
+    def adapted():
+        return get_peft_model(bert(), LoraConfig(target_modules=["query"]), adapter_name="encoder")
+
+    model = adapted()
+    state = EWCState().consolidate(trainable(model), model)
+    state.check(adapted())
+    with torch.no_grad():
+        model.get_parameter("base_model.model.bert.encoder.layer.0.output.dense.bias").add_(1.0)
+    with pytest.raises(ValueError, match="the weights under the adapter"):
+        state.check(model)
 
 
 def test_a_merged_and_wrapped_adapter_is_refused():
@@ -578,7 +666,7 @@ def test_another_kind_of_adapter_is_refused():
     model = lora(bert())
     state = EWCState().consolidate(trainable(model), model)
     print_ = {**state.metadata["fingerprint"], "adapters": {"default": "LOHA"}}
-    with pytest.raises(ValueError, match="adapter 'default': LOHA at consolidation, LORA now"):
+    with pytest.raises(ValueError, match="'default': LOHA at consolidation, LORA scaled by 1 now"):
         state.with_metadata(fingerprint=print_).check(model)
 
 

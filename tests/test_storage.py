@@ -487,3 +487,44 @@ def test_what_the_hub_does_not_have_is_refused(monkeypatch, fake_hub):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="'no-one/no-state' is not a folder here"):
         EWCState.from_pretrained("no-one/no-state")
+
+
+def test_saving_again_repairs_an_altered_file(tmp_path):
+    state = make()
+    state.save_pretrained(tmp_path)
+    content = bytearray(tensor_file(tmp_path).read_bytes())
+    content[-1] ^= 1
+    tensor_file(tmp_path).write_bytes(content)
+    state.save_pretrained(tmp_path)
+    assert EWCState.from_pretrained(tmp_path) == state
+
+
+def test_a_copied_checkpoint_keeps_its_state(tmp_path):
+    make(1).save_pretrained(tmp_path)
+    storage.save_reference(tmp_path, tmp_path / "checkpoint-1")
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "best")
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    make(2).save_pretrained(tmp_path)
+    assert EWCState.from_pretrained(tmp_path / "best") == make(1)
+
+
+def save_often(folder: Path, value: float) -> None:
+    for _ in range(30):
+        make(value).save_pretrained(folder, is_main_process=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_two_writers_wait_for_each_other(tmp_path):
+    make(1).save_pretrained(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=save_often, args=(tmp_path, value)) for value in (2.0, 3.0)]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        seen.add(EWCState.from_pretrained(tmp_path).metadata["value"])
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert seen <= {1, 2, 3}
+    assert len(files(tmp_path)) == 2

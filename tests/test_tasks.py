@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -341,3 +342,64 @@ def test_killed_at_several_moments_it_ends_with_the_same_result(tmp_path):
 
 if __name__ == "__main__":
     killable_run(sys.argv[1])
+
+
+def test_further_tasks_go_behind_those_that_are_done(tmp_path):
+    first, second = two_tasks()
+    run_tasks(vit(), [first], arguments(tmp_path / "grown"), CONFIG)
+    grown = vit()
+    result = run_tasks(grown, [first, second], arguments(tmp_path / "grown"), CONFIG)
+    model = vit()
+    whole = run_tasks(model, [first, second], arguments(tmp_path / "whole"), CONFIG)
+    assert result.matrix == whole.matrix
+    assert same_weights(grown, model)
+    other = replace(first, train_dataset=examples((0, 1), 8))
+    with pytest.raises(ValueError, match=r"tasks\[0\].examples\[0\]: 24 there, 8 now"):
+        run_tasks(vit(), [other, second], arguments(tmp_path / "grown"), CONFIG)
+
+
+def test_only_what_differs_is_named(tmp_path):
+    run_tasks(vit(), two_tasks()[:1], arguments(tmp_path), CONFIG)
+    with pytest.raises(ValueError, match=r"ewc_lambda: 100.0 there, 3.0 now") as error:
+        run_tasks(vit(), two_tasks()[:1], arguments(tmp_path), EWCConfig(3.0, fisher_samples=8))
+    assert "ewc_gamma" not in str(error.value)
+
+
+def test_a_score_that_cannot_be_is_refused_before_training(tmp_path):
+    first, _ = two_tasks()
+    for task, message in [
+        (replace(first, metric="acuracy"), "'accuracy' and 'loss'"),
+        (replace(first, eval_dataset=None), "has no eval_dataset"),
+        (replace(first, eval_dataset=examples((0, 3), 8)), "in its evaluation data"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_tasks(vit(), [task], arguments(tmp_path), CONFIG)
+    for wrong in ([{"name": "a"}], first):
+        with pytest.raises(TypeError, match=r"a list of hf_ewc\.Task"):
+            run_tasks(vit(), wrong, arguments(tmp_path), CONFIG)
+    with pytest.raises(TypeError, match="args must be TrainingArguments"):
+        run_tasks(vit(), [first], CONFIG, arguments(tmp_path))
+
+
+def test_the_accuracy_of_a_language_model_is_that_of_the_next_token():
+    labels = np.array([[0, 1, 2, -100]])
+    logits = np.eye(3)[[[1, 2, 0, 0]]]
+    prediction = EvalPrediction(predictions=logits, label_ids=labels)
+    assert accuracy(prediction, shifted=True) == {"accuracy": 1.0}
+    assert accuracy(prediction) == {"accuracy": 0.0}
+
+
+def test_regression_has_no_accuracy():
+    for outputs, labels in [(np.ones((4, 1)), np.ones(4)), (np.ones((4, 1)), np.ones(4, int))]:
+        with pytest.raises(ValueError, match="metric='loss'"):
+            accuracy(EvalPrediction(predictions=outputs, label_ids=labels))
+
+
+def test_metrics_that_are_no_numbers_are_left_out(tmp_path):
+    def metrics(prediction):
+        return {"accuracy": 1.0, "by_class": [1.0, 0.5], "table": np.eye(2), "f1": np.float32(0.5)}
+
+    first, _ = two_tasks()
+    task = replace(first, compute_metrics=metrics)
+    found = run_tasks(vit(), [task], arguments(tmp_path)).metrics[0][first.name]
+    assert set(found) == {"accuracy", "f1", "loss"}

@@ -359,6 +359,107 @@ def test_the_probe_leaves_mode_and_random_numbers_alone(tmp_path: Path) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+class OwnLoss(EWCTrainer):
+    """A compute_loss of the user that hands on to the Trainer's."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_the_correction_holds_for_a_compute_loss_of_the_user(tmp_path: Path) -> None:
+    def gradients(trainer_type: type[EWCTrainer]) -> dict[str, Tensor]:
+        recorder = GradientRecorder()
+        trainer = trainer_type(
+            model=MODELS["bert"](),
+            args=arguments(tmp_path, gradient_accumulation_steps=4),
+            train_dataset=Examples("bert", 8),
+            ewc_config=EWCConfig(),
+            callbacks=[recorder],
+        )
+        in_order(trainer).train()
+        return recorder.steps[0]
+
+    expected = gradients(EWCTrainer)
+    found = gradients(OwnLoss)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_batch_that_does_not_tell_leaves_the_question_open(tmp_path: Path) -> None:
+    trainer = ewc_trainer("bert", arguments(tmp_path), 4)
+    untold = {**batch(trainer), "labels": torch.full((2,), -100)}
+    assert not correct_loss_scaling(trainer, trainer.model, untold, torch.tensor(2))
+    assert trainer.model_accepts_loss_kwargs is True
+    assert correct_loss_scaling(trainer, trainer.model, batch(trainer), torch.tensor(2))
+    assert trainer.model_accepts_loss_kwargs is False
+
+
+# ---- Changes during a run ----
+
+
+class AtStep(TrainerCallback):
+    """Calls ``change`` with the model at the end of the first step."""
+
+    def __init__(self, change: Callable[[nn.Module], None]) -> None:
+        self.change = change
+
+    def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        if args[1].global_step == 1:
+            self.change(model)
+
+
+def test_a_layer_that_is_unfrozen_during_a_run_is_protected(tmp_path: Path) -> None:
+    recorder = GradientRecorder()
+    change = AtStep(lambda model: model.lm_head.requires_grad_(True))
+    trainer = ewc_trainer("llama", arguments(tmp_path), 4, callbacks=[recorder, change])
+    without = GradientRecorder()
+    change = AtStep(lambda model: model.lm_head.requires_grad_(True))
+    plain = plain_trainer("llama", arguments(tmp_path), 4, callbacks=[without, change])
+    for each in (plain, trainer):
+        each.model.lm_head.requires_grad_(False)
+        each.train()
+    pulls = [difference(a, b) for a, b in zip(recorder.steps, without.steps, strict=True)]
+    assert not pulls[0]["lm_head.weight"].any()
+    assert relative_error(pulls[1], expected_pull(trainer)) < 1e-5
+
+
+def test_a_lambda_that_a_callback_changes_is_taken_up(tmp_path: Path) -> None:
+    trainer = ewc_trainer("llama", arguments(tmp_path), 4, ewc_config=EWCConfig(ewc_lambda=LAMBDA))
+    config = trainer.ewc_config
+
+    def double(_: nn.Module) -> None:
+        config.ewc_lambda = 2 * LAMBDA
+
+    trainer.add_callback(AtStep(double))
+    trainer.train()
+    logged = [e["ewc_penalty"] for e in trainer.state.log_history if "ewc_penalty" in e]
+    assert logged[1] == pytest.approx(2 * logged[0], rel=1e-5)
+    assert trainer.ewc_penalty() == pytest.approx(expected_penalty(trainer, 2 * LAMBDA), rel=1e-5)
+    trainer.ewc_config.ewc_lambda = -1.0
+    with pytest.raises(ValueError, match="ewc_lambda is -1"):
+        trainer.ewc_penalty()
+
+
+@pytest.mark.parametrize(
+    "where", [{"ewc_exclude_modules": ["lm_head"]}, {"ewc_target_modules": r".*layers.*"}]
+)
+def test_modules_that_the_configuration_leaves_free_are_free(
+    where: dict[str, Any], tmp_path: Path
+) -> None:
+    config = EWCConfig(ewc_lambda=LAMBDA, **where)
+    recorder, without = GradientRecorder(), GradientRecorder()
+    args = arguments(tmp_path)
+    trainer = ewc_trainer("llama", args, 4, ewc_config=config, callbacks=[recorder])
+    trainer.train()
+    plain_trainer("llama", args, 4, callbacks=[without]).train()
+    pull = difference(recorder.steps[0], without.steps[0])
+    assert not pull["lm_head.weight"].any()
+    expected = expected_pull(trainer)
+    for name in expected:
+        if name == "lm_head.weight" or ("ewc_target_modules" in where and "layers" not in name):
+            expected[name] = torch.zeros_like(expected[name])
+    assert relative_error(pull, expected) < 1e-5
+
+
 # ---- With neither configuration nor state ----
 
 

@@ -260,6 +260,82 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_until_it_is_done(tmp_pat
     assert checkpoints.checkpoint_to_resume(True, tmp_path) == str(older)
 
 
+def test_a_first_task_leaves_nothing_of_an_earlier_run(tmp_path: Path) -> None:
+    """Its checkpoints have no state; those that lay there before had one."""
+    run_with_checkpoints(tmp_path, max_steps=2).train()
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    first = ewc_trainer("bert", args, 4, ewc_state=None)
+    written: list[bool] = []
+    original = first._save_optimizer_and_scheduler
+
+    def looking(folder: str) -> None:
+        written.append(checkpoints.is_complete(Path(folder)))
+        original(folder)
+
+    first._save_optimizer_and_scheduler = looking
+    first.train()
+    assert written == [False, False]
+    again = ewc_trainer("bert", args, 4, ewc_state=None)
+    again.train(resume_from_checkpoint=True)
+    assert not again.ewc_state
+    plain = EWCTrainer(model=bert(), args=args, train_dataset=Examples("bert", 4))
+    plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_resuming_with_another_state_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_with_checkpoints(tmp_path, max_steps=1).train()
+    other = consolidating(tmp_path, Examples("bert", 4))
+    state = other.consolidate(name="newer")
+    args = arguments(tmp_path, max_steps=1)
+    ewc_trainer("bert", args, 4, ewc_state=state).train(resume_from_checkpoint=True)
+    assert "of 'newer'" in caplog.text
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint-7', which is no folder here"):
+        run_with_checkpoints(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ewc_target_modules", ["quary"]),
+        ("ewc_exclude_modules", ["clasifier"]),
+        ("ewc_layer_lambdas", {"enkoder": 1.0}),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused_at_construction(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{field}.* matches no"):
+        EWCTrainer(model=bert(), args=arguments(tmp_path), ewc_config=EWCConfig(**{field: value}))
+
+
+def test_other_types_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="ewc_config is a dict"):
+        EWCTrainer(model=bert(), args=arguments(tmp_path), ewc_config={"ewc_lambda": 1.0})
+    with pytest.raises(TypeError, match="ewc_state is a dict"):
+        EWCTrainer(model=bert(), args=arguments(tmp_path), ewc_state={"a": 1})
+    trainer = consolidating(tmp_path, Examples("bert", 4))
+    with pytest.raises(TypeError, match="goes by keyword"):
+        trainer.consolidate("task a")
+    with pytest.raises(TypeError, match="a task's name is a string"):
+        trainer.consolidate(name=3)
+    trainer.consolidate().save_pretrained(tmp_path / "state")
+    trainer.ewc_state = None
+    assert not trainer.ewc_state
+    trainer.ewc_state = tmp_path / "state"
+    assert trainer.ewc_state.num_tasks == 1
+
+
+def test_a_model_without_trainable_parameters(tmp_path: Path) -> None:
+    model = bert().requires_grad_(False)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        consolidating(tmp_path, Examples("bert", 4), model).consolidate()
+
+
 def test_going_on_from_files_is_going_on_in_memory(tmp_path: Path) -> None:
     """Task A, consolidated and saved; task B from what was saved, and from what is in memory."""
     first = consolidating(tmp_path, Examples("bert", 12))

@@ -137,10 +137,10 @@ def said(caplog: pytest.LogCaptureFixture, text: str) -> int:
 
 
 def test_a_penalty_that_outweighs_the_task_for_long(caplog: pytest.LogCaptureFixture) -> None:
-    log = PenaltyLog(["weight"], constant=100.0)
+    log = PenaltyLog(["weight"])
     for window, (penalty, task) in enumerate([(9.0, 1.0)] * 2 + [(0.5, 1.0)] + [(9.0, 1.0)] * 9):
         for _ in range(20):
-            log.add(torch.tensor([penalty]))
+            log.add(torch.tensor([penalty]), constant=100.0)
         log.amend({"loss": task})
         assert said(caplog, "outweighed") == (window >= 5)
 
@@ -165,6 +165,38 @@ def test_an_anchor_that_is_another_model(tmp_path: Path, caplog: pytest.LogCaptu
     trainer.ewc_state = EWCState(importance, elsewhere)
     trainer.train()
     assert said(caplog, "far from the model") == 1
+
+
+def test_training_that_does_not_start_at_the_anchor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = EWCTrainer(
+        model=MODELS["llama"](),
+        args=arguments(tmp_path),
+        train_dataset=Examples("llama", 4),
+        ewc_config=EWCConfig(),
+    )
+    trainer.consolidate()
+    trainer.train()
+    assert said(caplog, "does not start from the weights") == 0
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.1)
+    trainer.train()
+    assert said(caplog, "lm_head.weight is 0.1 times its norm away") == 1
+
+
+def test_a_penalty_that_is_not_finite(caplog: pytest.LogCaptureFixture) -> None:
+    log = PenaltyLog(["weight"])
+    for _ in range(3):
+        log.add(torch.tensor([torch.nan]))
+        log.amend({"loss": 1.0})
+    assert said(caplog, "the steps are too long for it") == 1
+
+
+def test_an_empty_state_from_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    EWCState().save_pretrained(tmp_path / "state")
+    ewc_trainer("llama", arguments(tmp_path), 4, ewc_state=tmp_path / "state")
+    assert said(caplog, "is empty and protects nothing") == 1
 
 
 # ---- Model card ----

@@ -13,7 +13,7 @@ from hf_ewc.sharding import local_part
 FISHER_TYPES = ("exact", "sampled", "empirical", "batched")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fisher:
     """The diagonal Fisher information of a model on one data set.
 
@@ -40,12 +40,23 @@ class Fisher:
             raise ValueError(
                 f"fisher_type is {self.fisher_type!r}; allowed are {', '.join(FISHER_TYPES)}."
             )
-        if self.num_examples < 1:
+        if not isinstance(self.num_examples, int) or self.num_examples < 1:
             raise ValueError(
-                f"num_examples is {self.num_examples}; it must be at least one example."
+                f"num_examples is {self.num_examples!r}; it must be at least one example."
             )
         checked = {name: _checked(name, value) for name, value in self.diagonal.items()}
         object.__setattr__(self, "diagonal", checked)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fisher):
+            return NotImplemented
+        return (
+            (self.num_examples, self.fisher_type) == (other.num_examples, other.fisher_type)
+            and self.diagonal.keys() == other.diagonal.keys()
+            and all(torch.equal(f, other.diagonal[name]) for name, f in self.diagonal.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _checked(name: str, value: Tensor) -> Tensor:

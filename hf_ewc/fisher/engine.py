@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +15,7 @@ from hf_ewc.fisher.examples import ExampleBatch
 from hf_ewc.fisher.interception import Interception
 from hf_ewc.fisher.ledger import Ledger
 from hf_ewc.fisher.untouched import checkpointing
+from hf_ewc.sharding import whole_shape
 
 # Runs the forward on a batch and yields the objectives to backpropagate, one after another.
 Objectives = Callable[[ExampleBatch], Iterator[Tensor]]
@@ -177,40 +180,74 @@ class BatchGradient(OneByOne):
                 self._backward(objective)
 
 
-def disagreeing(
+@dataclass(frozen=True)
+class Comparison:
+    """What came of comparing the one-backward engine with single examples.
+
+    Args:
+        wrong: the parameters on which the two differ.
+        proved: those on which they agree and which had a gradient at all.
+    """
+
+    wrong: list[str]
+    proved: set[str]
+
+
+def compare(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    batch: ExampleBatch,
+    pair: ExampleBatch,
     objectives: Objectives,
-) -> list[str]:
-    """The parameters on which the one-backward engine differs from single examples.
+) -> Comparison:
+    """The proof that examples were kept apart, on two of them.
 
-    The proof that examples were kept apart: an axis of another meaning taken for the batch's would
-    mix them. Two examples are enough to show it.
+    An axis of another meaning taken for the batch's would mix them.
     """
-    if not batch.divisible:
-        return list(parameters)
-    pair = batch.part(0, 2)
+    if not pair.divisible:
+        return Comparison(list(parameters), set())
     engine = OneBackward(model, parameters)
     engine.add(pair, objectives)
     residuals = engine.totals()
     sizes = {name: _sum(total) for name, total in residuals.items()}
     OneByOne(model, parameters, residuals, sign=-1.0).add(pair, objectives)
-    relative, floor = relative_limits(model, parameters)
-    densest = max((sizes[n] / max(p.numel(), 1) for n, p in parameters.items()), default=0.0)
-    return [
+    errors = {name: _sum(residual.abs()) for name, residual in residuals.items()}
+    return judged(model, parameters, sizes, errors)
+
+
+def judged(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    sizes: Mapping[str, float],
+    errors: Mapping[str, float],
+) -> Comparison:
+    """Tell from rounding what is not.
+
+    Rounding explains a share of a parameter's own sum, and for gradients that are zero in exact
+    arithmetic, such as those of attention's key biases, a share of the densest sum around them: in
+    half precision of the same module, since the densest of the whole model would hide anything.
+
+    Args:
+        sizes: Σ of each parameter's sum of squares by the engine.
+        errors: Σ of the absolute differences from single examples.
+    """
+    half = any(p.element_size() < 4 for p in parameters.values()) or _autocasts(model)
+    relative, near, far = (0.3, 1e-3, 1e-6) if half else (1e-3, 0.0, 1e-9)
+    numels = {name: max(math.prod(whole_shape(p)), 1) for name, p in parameters.items()}
+    densities = {name: sizes[name] / numels[name] for name in parameters}
+    densest = max(densities.values(), default=0.0)
+    modules: dict[str, float] = {}
+    for name, density in densities.items():
+        module = name.rpartition(".")[0]
+        modules[module] = max(density, modules.get(module, 0.0))
+    wrong = [
         name
-        for name, residual in residuals.items()
-        if _sum(residual.abs()) > relative * sizes[name] + floor * densest * residual.numel()
+        for name, error in errors.items()
+        if error
+        > relative * sizes[name]
+        + numels[name] * (near * modules[name.rpartition(".")[0]] + far * densest)
     ]
-
-
-def relative_limits(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> tuple[float, float]:
-    """The difference that rounding explains: a share of the sum, and one of the densest sum."""
-    half = any(parameter.element_size() < 4 for parameter in parameters.values())
-    return (0.3, 1e-3) if half or _autocasts(model) else (1e-3, 1e-9)
+    seen = {name for name in parameters if sizes[name] > 0 or errors[name] > 0}
+    return Comparison(wrong, seen - set(wrong))
 
 
 def _autocasts(model: nn.Module) -> bool:

@@ -20,10 +20,11 @@ from hf_ewc.fisher.sharded import ShardedRun, is_sharded
 from hf_ewc.fisher.sources import Request, source_of
 from hf_ewc.fisher.team import Team
 from hf_ewc.fisher.untouched import untouched
-from hf_ewc.naming import parameters_by_name, unwrap
+from hf_ewc.naming import canonical_name, parameters_by_name, unwrap
 
-# Scores of fp16 models are scaled up so that small gradients do not underflow.
-_HALF_SCALE = 1024.0
+# Scores of fp16 models are scaled up so that small gradients do not underflow, and no further, so
+# that those of long sequences do not overflow.
+_HALF_SCALE = 16.0
 
 
 def estimate_fisher(
@@ -70,7 +71,8 @@ def estimate_fisher(
         batch_size: examples per backward; it does not change the result, "batched" apart.
         stratified: draw from each label in proportion to its share.
         seed: of the draw of examples and of the sampled labels.
-        parameters: names to estimate; None: all that require a gradient.
+        parameters: names to estimate, a tied one by any of its names; None: all that require a
+            gradient.
         log_likelihood: a function of (model, batch) that returns log p(y|x) of each example,
             shape (B,), for heads that are not known here; taken as "empirical".
         fallback: "warn" where the slower way is taken, or "error" to refuse it.
@@ -85,7 +87,7 @@ def estimate_fisher(
     Raises:
         ValueError: no usable examples, no labels, an unknown parameter name or Fisher type, a
             likelihood or gradient that is not finite, a use not covered with fallback="error".
-        TypeError: batches or examples that are no dicts.
+        TypeError: batches or examples that are no dicts, a string for `parameters`.
         RuntimeError: another process has raised one of these.
     """
     _check_arguments(fisher_type, num_samples, batch_size, fallback, num_draws, log_likelihood)
@@ -154,7 +156,12 @@ def _select(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Param
     if names is None:
         selected = {name: p for name, p in every.items() if p.requires_grad}
     else:
-        wanted = list(names)
+        if isinstance(names, str):
+            raise TypeError(f"parameters is the string {names!r}; needed is a list of names.")
+        aliases = _tied_names(model, every)
+        wanted = [aliases.get(name, name) for name in names]
+        if not wanted:
+            raise ValueError("parameters is empty; give at least one name, or None for all.")
         if unknown := [name for name in wanted if name not in every]:
             raise ValueError(
                 f"The model has no parameters {', '.join(map(repr, unknown[:5]))}; its names are "
@@ -167,6 +174,15 @@ def _select(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Param
             "adapter loaded without is_trainable=True is frozen."
         )
     return selected
+
+
+def _tied_names(model: nn.Module, every: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """The name in `every` of each name that a tied parameter also has."""
+    first = {id(parameter): name for name, parameter in every.items()}
+    return {
+        canonical_name(name): first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _finished(run: Run, team: Team, plan: Plan, num_samples: int | None) -> Fisher:
@@ -194,6 +210,6 @@ def _infinite(diagonal: Mapping[str, Tensor]) -> ValueError | None:
         if not torch.isfinite(sharding.local_part(value)).all():
             return ValueError(
                 f"The gradient of {name!r} is not finite, so its Fisher is not. Look for NaN in "
-                "the weights, or estimate in bf16 or fp32 instead of fp16."
+                "the weights, or estimate in bf16 or fp32: fp16 ends at 65504."
             )
     return None

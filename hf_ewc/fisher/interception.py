@@ -9,8 +9,7 @@ operation was not covered, and `uncovered_uses` names it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +47,8 @@ class Interception(TorchFunctionMode):
         self._casts = TensorTable()
         self._operations: dict[int, str] = {}
         for tensor in _tensors(inputs):
-            self._carriers.put(tensor)
+            if tensor.dim() == 0 or tensor.shape[0] != 1 or num_examples == 1:
+                self._carriers.put(tensor)  # one row for all examples belongs to none
 
     def __torch_function__(
         self,
@@ -216,15 +216,26 @@ class Interception(TorchFunctionMode):
                 uses.append((self.ledger.name_of(leaf), operation))
         return uses
 
-    @contextlib.contextmanager
-    def recomputation(self) -> Iterator[None]:
-        """Active while a non-reentrant checkpoint runs a forward again."""
-        self.recomputing = True
+    def recomputation(self) -> Recomputation:
+        """Active while a non-reentrant checkpoint runs a forward again, once for each backward."""
+        return Recomputation(self)
+
+
+class Recomputation:
+    """A context that can be entered again: with several backward passes it is."""
+
+    def __init__(self, mode: Interception) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._mode.recomputing = True
+        self._mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
         try:
-            with self:
-                yield
+            self._mode.__exit__(*error)
         finally:
-            self.recomputing = False
+            self._mode.recomputing = False
 
 
 def _near_leaves(tensor: Tensor) -> list[Tensor]:

@@ -46,7 +46,7 @@ class Account:
         """The accumulator, strided like the parameter, fp32 (fp64 for an fp64 parameter)."""
         if self.total is None:
             dtype = torch.promote_types(self.parameter.dtype, torch.float32)
-            self.total = torch.zeros_like(self.parameter, dtype=dtype, requires_grad=False)
+            self.total = _zeros_strided_like(self.parameter, dtype)
         return self.total
 
 
@@ -152,6 +152,15 @@ class Ledger:
                         group.append(other)
                         queue.append(other)
         return group
+
+
+def _zeros_strided_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros whose elements lie as those of `tensor`, with gaps where it has gaps."""
+    size, stride = tensor.size(), tensor.stride()
+    if tensor.numel() == 0:
+        return torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
+    extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    return torch.zeros(extent, dtype=dtype, device=tensor.device).as_strided(size, stride)
 
 
 def leaves(tensor: Tensor) -> list[Tensor]:

@@ -156,6 +156,9 @@ class LabelReader:
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
             return False
+        config = getattr(self._model, "config", None)
+        if getattr(config, "problem_type", None) in ("multi_label_classification", "regression"):
+            return False
         if not self._accepts_labels:
             return False
         if not (labels != IGNORED).any():
@@ -168,9 +171,10 @@ class LabelReader:
         if labels.shape != logits.shape[:-1]:
             return False
         if loss is None:
-            return bool(_shifts_by_class(self._model))
+            return bool(shifts_labels(self._model))
         if loss.isnan() and not (labels[..., 1:] != IGNORED).any():
             return True  # a mean over no positions: only the first has a label
+        by_class = shifts_labels(self._model)
         errors = []
         for shifted in (False, True):
             self._shifted = shifted
@@ -178,9 +182,9 @@ class LabelReader:
             count = (distribution.labels != IGNORED).sum().clamp_min(1)
             errors.append(float((distribution.empirical() / count + loss).abs()))
         self._shifted = None
-        if torch.isfinite(loss) and min(errors) <= 0.01 * abs(float(loss)):
+        fits = [torch.isfinite(loss) and error <= 0.01 * abs(float(loss)) for error in errors]
+        if any(fits) and (by_class is None or not all(fits)):
             return errors[1] < errors[0]
-        by_class = _shifts_by_class(self._model)
         if by_class is None:
             raise ValueError(
                 f"The loss of {type(self._model).__name__}, {float(loss):.4g}, is not the "
@@ -196,8 +200,11 @@ class LabelReader:
         return "labels" in self._parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def _shifts_by_class(model: nn.Module) -> bool | None:
-    """None for a class whose loss is no cross-entropy at each position, or not known."""
+def shifts_labels(model: nn.Module) -> bool | None:
+    """Whether a model's class predicts label t + 1 at position t, as causal language models do.
+
+    None for a class whose loss is no cross-entropy at each position, or not known.
+    """
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
     if loss not in (ForCausalLMLoss, ForMaskedLMLoss, ForTokenClassification):
         return None
@@ -237,9 +244,21 @@ def _labels(batch: Batch) -> Tensor:
         if isinstance(batch.get(name), Tensor):
             labels: Tensor = batch[name]
             return labels
-    raise ValueError(
+    raise _no_labels(batch)
+
+
+def require_labels(batch: Batch) -> None:
+    """Raise a `ValueError` unless the batch has labels under one of the names that are known."""
+    if not any(isinstance(batch.get(name), Tensor) for name in LABEL_NAMES):
+        raise _no_labels(batch)
+
+
+def _no_labels(batch: Batch) -> ValueError:
+    return ValueError(
         f"The data has no labels: a batch holds {', '.join(batch) or 'nothing'}. The Fisher needs "
-        "'labels' to know which outputs count; for a language model use a collator that adds them."
+        "'labels' to know which outputs count; for a language model use a collator that adds them. "
+        "A loss over pairs, such as DPO's, is no likelihood of labels: take data with labels, or "
+        "estimate_fisher with log_likelihood=."
     )
 
 

@@ -9,23 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from hf_ewc.fisher.engine import (
     BatchGradient,
+    Comparison,
     Engine,
     OneBackward,
     OneByOne,
     UncoveredUse,
-    disagreeing,
+    compare,
 )
 from hf_ewc.fisher.examples import ExampleBatch, uniforms
 from hf_ewc.fisher.likelihood import IGNORED, Bernoulli, Categorical, Distribution, Gaussian, Joint
-from hf_ewc.fisher.outputs import LabelReader
+from hf_ewc.fisher.outputs import LabelReader, require_labels
 from hf_ewc.fisher.sources import Source
 from hf_ewc.fisher.team import Team
 
 # `auto` takes the exact expectation up to this many backward passes, and samples above.
 MAX_EXACT_PASSES = 9
+
+# The batches, counted from 0, at which parameters without a gradient so far are looked at again.
+_LATER_PROOFS = (1, 3, 7)
 
 LogLikelihood = Callable[[nn.Module, dict[str, Any]], Tensor]
 # Shows how far the batches have come.
@@ -71,7 +76,8 @@ class Run:
         self._team = team
         self._reader = LabelReader(model)
         self._device = next(iter(parameters.values())).device
-        self._verified = plan.fisher_type == "batched"
+        self._seen = 0
+        self._proved: set[str] = set()
         self._engine: Engine = self._first_engine()
 
     def _first_engine(self) -> Engine:
@@ -110,8 +116,11 @@ class Run:
         return "exact" if few else "sampled"
 
     def add(self, batch: ExampleBatch) -> None:
-        if not self._verified and len(batch) > 1:
+        if self._plan.log_likelihood is None:
+            require_labels(batch.inputs)
+        if len(batch) > 1 and self._is_to_verify():
             self._verify(batch)
+        self._seen += 1
         if isinstance(self._engine, OneBackward) and len(batch) == 1:
             OneByOne(self._model, self._parameters, self._engine.totals()).add(
                 batch, self._objectives
@@ -123,23 +132,45 @@ class Run:
         counted = self.num_examples
         try:
             self._engine.add(batch, self._objectives)
-        except UncoveredUse as uncovered:
+        except (UncoveredUse, CheckpointError) as uncovered:
             self.num_examples = counted
-            self._fall_back(f"these parameters are used in ways it does not cover: {uncovered}")
+            self._fall_back(_reason(uncovered))
             self._engine.add(batch, self._objectives)
 
+    def _is_to_verify(self) -> bool:
+        """At the first batch with labels; thrice again for parameters that had no gradient there.
+
+        So it is with experts that got no token.
+        """
+        if not isinstance(self._engine, OneBackward):
+            return False
+        return not self._proved or (
+            self._seen in _LATER_PROOFS and len(self._proved) < len(self._parameters)
+        )
+
     def _verify(self, batch: ExampleBatch) -> None:
+        pair = batch.pair()
+        if pair is None:
+            return
         counted = self.num_examples
         try:
-            wrong = self._disagreeing(batch)
-            if wrong:
-                self._fall_back(f"it differs from single examples in {', '.join(wrong[:5])}")
-        except UncoveredUse as uncovered:
-            self._fall_back(f"these parameters are used in ways it does not cover: {uncovered}")
-        self.num_examples, self._verified = counted, True
+            found = self._compare(pair)
+        except (UncoveredUse, CheckpointError) as uncovered:
+            self._fall_back(_reason(uncovered))
+        else:
+            if found.wrong and self._proved:
+                raise ValueError(
+                    f"The one-backward Fisher of {type(self._model).__name__} differs from single "
+                    f"examples in {', '.join(found.wrong[:5])}, which the first batches did not "
+                    "show. Use batch_size=1 (fisher_batch_size=1), which is exact and slower."
+                )
+            if found.wrong:
+                self._fall_back(f"it differs from single examples in {', '.join(found.wrong[:5])}")
+            self._proved |= found.proved
+        self.num_examples = counted
 
-    def _disagreeing(self, batch: ExampleBatch) -> list[str]:
-        return disagreeing(self._model, self._parameters, batch, self._objectives)
+    def _compare(self, pair: ExampleBatch) -> Comparison:
+        return compare(self._model, self._parameters, pair, self._objectives)
 
     def _fall_back(self, reason: str) -> None:
         self.slow_because = f"is not exact for {type(self._model).__name__}: {reason}."
@@ -185,6 +216,12 @@ class Run:
                 yield distribution.sampled(numbers) / self._plan.num_draws**0.5
         else:
             yield distribution.empirical()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return "a checkpoint of the model's own runs its forward again out of sight"
+    return f"these parameters are used in ways it does not cover: {error}"
 
 
 def warn_of_slowness(reason: str, stacklevel: int) -> None:

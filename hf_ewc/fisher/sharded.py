@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from hf_ewc import sharding
 from hf_ewc.fisher.engine import (
+    Comparison,
     Objectives,
     OneBackward,
     UncoveredUse,
-    relative_limits,
+    judged,
     with_last,
 )
 from hf_ewc.fisher.examples import ExampleBatch
@@ -194,8 +195,9 @@ class ShardedRun(Run):
         yield from _until_all_are_done(source.batches, self._team)
 
     def _add_in_step(self, batch: ExampleBatch | None) -> None:
-        if not self._verified:
+        if self._is_to_verify():
             self._verify_together(batch)
+        self._seen += 1
         if isinstance(self._engine, ShardedOneBackward):
             own = self._blank if batch is None else _of_two(batch)
             if own is not None and not self._team.largest([len(own) < 2])[0]:
@@ -230,10 +232,9 @@ class ShardedRun(Run):
         if batch is not None and len(batch) > 1:
             self._verify(batch.to(self._device))
 
-    def _disagreeing(self, batch: ExampleBatch) -> list[str]:
-        if not batch.divisible:
-            return list(self._parameters)
-        pair = batch.part(0, 2)
+    def _compare(self, pair: ExampleBatch) -> Comparison:
+        if not pair.divisible:
+            return Comparison(list(self._parameters), set())
         engine = ShardedOneBackward(self._model, self._parameters, self._team)
         engine.add(pair, self._objectives)
         residuals = engine.totals()
@@ -244,15 +245,13 @@ class ShardedRun(Run):
                 residual.zero_()
         sizes = self._everywhere(residuals.values())
         self._together(residuals, sign=-1.0).add(pair, self._objectives)
-        wrong = self._everywhere(residual.abs() for residual in residuals.values())
-        numels = [residual.numel() for residual in residuals.values()]
-        relative, floor = relative_limits(self._model, self._parameters)
-        densest = max(size / max(n, 1) for size, n in zip(sizes, numels, strict=True))
-        return [
-            name
-            for name, size, n, error in zip(residuals, sizes, numels, wrong, strict=True)
-            if error > relative * size + floor * densest * n
-        ]
+        errors = self._everywhere(residual.abs() for residual in residuals.values())
+        return judged(
+            self._model,
+            self._parameters,
+            dict(zip(residuals, sizes, strict=True)),
+            dict(zip(residuals, errors, strict=True)),
+        )
 
     def _everywhere(self, tensors: Iterable[Tensor]) -> list[float]:
         locals_ = [sharding.local_part(tensor) for tensor in tensors]

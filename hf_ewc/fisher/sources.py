@@ -24,6 +24,7 @@ from hf_ewc.fisher.examples import (
     as_mapping,
     batches_of_examples,
     choose,
+    collated,
     labels_of,
     looks_collated,
     numbered_batches,
@@ -74,7 +75,8 @@ def source_of(data: Any, collator: Collator | None, wanted: Request) -> Source:
         _refuse_shared(data, wanted.world)
     if _is_indexable(data):
         _refuse_empty(data)
-        if collator is not None or not looks_collated(data[0]):
+        batches = isinstance(data, (list, tuple)) and looks_collated(data[0])
+        if collator is not None or not batches:
             return _from_examples(data, collator or default_data_collator, wanted)
     if wanted.stratified:
         raise ValueError("Stratified draws need a data set with a length and indices.")
@@ -122,18 +124,17 @@ def _from_stream(data: Iterable[Any], collate: Collator, wanted: Request) -> Sou
     stream = enumerate(itertools.islice(data, wanted.num_samples))
     head = list(itertools.islice(stream, size))
 
-    def collated(chunk: list[tuple[int, Any]]) -> ExampleBatch:
-        batch = as_mapping(collate([example for _, example in chunk]))
-        return ExampleBatch(batch, [index for index, _ in chunk])
+    def batches_of(chunk: list[tuple[int, Any]]) -> Iterator[ExampleBatch]:
+        return collated(collate, [example for _, example in chunk], [i for i, _ in chunk])
 
     def batches() -> Iterator[ExampleBatch]:
         chunk, turn = head, 0
         while chunk:
             if turn % wanted.world == wanted.rank:
-                yield collated(chunk)
+                yield from batches_of(chunk)
             chunk, turn = list(itertools.islice(stream, size)), turn + 1
 
-    return Source(lambda: collated(head[:1]) if head else None, batches())
+    return Source(lambda: next(batches_of(head[:1])) if head else None, batches())
 
 
 def _shared(stream: Iterator[ExampleBatch], wanted: Request) -> Source:
@@ -165,9 +166,12 @@ def _is_whole(loader: DataLoader[Any]) -> bool:
     if type(batches) is not BatchSampler:
         return False
     sampler = batches.sampler
+    size = len(loader.dataset)  # type: ignore[arg-type]
     if isinstance(sampler, RandomSampler):
-        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-    return isinstance(sampler, (SequentialSampler, DistributedSampler))
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source) == size
+    if isinstance(sampler, DistributedSampler):
+        return len(sampler.dataset) == size  # type: ignore[arg-type]
+    return isinstance(sampler, SequentialSampler) and len(sampler) == size
 
 
 def _refuse_shared(loader: DataLoader[Any], world: int) -> None:

@@ -64,6 +64,8 @@ def add_linear_pairs(
         rows: for a weight that is also looked up (tied embeddings) the (indices, gradients) of
             each example's look-ups, (L_n,) sorted and (L_n, I): R_n[i] = Σ_l [index_l = i] grad_l.
     """
+    if pairs[0][0].dtype == torch.float16:  # a sum over positions may be more than it holds
+        pairs = [(gradient.float(), value.float()) for gradient, value in pairs]
     height, width = total.shape
     on_cpu = total.device.type == "cpu"
     elements = _CPU_BLOCK_ELEMENTS if on_cpu else _ACCELERATOR_BLOCK_ELEMENTS

@@ -18,12 +18,15 @@ from torch.utils.checkpoint import checkpoint
 def untouched(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode, with a gradient for the `selected` parameters alone; all put back at the end.
 
-    Kept: parameters, `.grad` (set aside, not written to), `requires_grad`, the mode of each
-    module, buffers, `config.use_cache`, and the random states of Python, NumPy and torch.
+    Kept: parameters, `.grad` (set aside, not written to), `requires_grad`, the mode and other
+    attributes of each module, buffers, configurations, and the random states of Python, NumPy and
+    torch.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_random_states())
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_buffers(model))
+        stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model))
         stack.enter_context(_gradients(model, selected))
         stack.enter_context(_no_cache(model))
@@ -104,9 +107,38 @@ def _buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer, saved in before:
             module._buffers[name] = buffer
-            if isinstance(buffer, Tensor) and saved is not None and buffer._version != saved[0]:
-                with torch.no_grad():
-                    buffer.copy_(saved[1])
+            if isinstance(buffer, Tensor) and saved is not None:
+                version, values = saved
+                if buffer._version != version or not torch.equal(buffer, values):
+                    with torch.no_grad():
+                        buffer.copy_(values)
+
+
+@contextlib.contextmanager
+def _attributes(model: nn.Module) -> Iterator[None]:
+    """What modules note for themselves in a forward, such as the longest sequence so far."""
+    owners = [
+        module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    before = [(module, _public(module)) for module in owners]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            _put_back(module, attributes)
+
+
+def _public(owner: object) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if not name.startswith("_")}
+
+
+def _put_back(owner: object, before: dict[str, Any]) -> None:
+    now = _public(owner)
+    for name in now.keys() - before.keys():
+        delattr(owner, name)
+    for name, value in before.items():
+        if name not in now or now[name] is not value:
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager
@@ -137,17 +169,17 @@ def _gradients(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterat
 
 @contextlib.contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
-    """Key-value caches off: they cost memory, and a recomputed layer would write them twice."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", None) is True:
-            configs[id(config)] = config
-    caching = list(configs.values())
-    for config in caching:
-        config.use_cache = False
+    """Key-value caches off: they cost memory, and a recomputed layer would write them twice.
+
+    What a forward notes in a configuration, such as the type of the problem, is put back, too.
+    """
+    found = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    before = [(config, _public(config)) for config in found.values() if hasattr(config, "__dict__")]
+    for config, settings in before:
+        if settings.get("use_cache") is True:
+            config.use_cache = False
     try:
         yield
     finally:
-        for config in caching:
-            config.use_cache = True
+        for config, settings in before:
+            _put_back(config, settings)
