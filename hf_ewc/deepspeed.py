@@ -14,18 +14,20 @@ from hf_ewc.penalty import Penalty, Term, piece
 from hf_ewc.quadratic import Piece, value_and_gradient
 
 
-def before_each_step(engine: Any, action: Callable[[], None]) -> None:
-    """Call ``action`` before each optimizer step of ``engine``, when gradients are reduced.
+def around_each_step(engine: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call ``before`` and ``after`` each optimizer step of ``engine``, when gradients are reduced.
 
-    Called by Accelerate at the end of an accumulation window only. An action given earlier is
+    Called by Accelerate at the end of an accumulation window only. What was given earlier is
     replaced.
     """
     step = getattr(engine.step, "without_ewc", engine.step)
 
     @functools.wraps(step)
     def with_action(*args: Any, **kwargs: Any) -> Any:
-        action()
-        return step(*args, **kwargs)
+        before()
+        result = step(*args, **kwargs)
+        after()
+        return result
 
     with_action.without_ewc = step  # type: ignore[attr-defined]
     engine.step = with_action
@@ -46,9 +48,28 @@ def add_gradients(penalty: Penalty, engine: Any) -> Tensor:
     return sharding.summed_over_parts(values, penalty.terms[0].parameter)
 
 
+@torch.no_grad()
+def clear_gradients(penalty: Penalty) -> None:
+    """After a step, take off the gradients that ZeRO-3 would keep.
+
+    It overwrites what a parameter had in the next backward that reaches it; of one that is not
+    reached, such as another task's head, it would keep the penalty's gradient and add to it.
+    """
+    from deepspeed import utils
+
+    for term in penalty.terms:
+        if term.is_pulled and sharding.is_zero3(term.parameter):
+            gradient = utils.safe_get_local_grad(term.parameter)
+            if gradient is not None:
+                utils.safe_set_local_grad(term.parameter, torch.zeros_like(gradient))
+
+
 def _is_partitioned(parameter: Any) -> bool:
-    """Whether ZeRO holds this parameter's gradient itself, in place of ``.grad``."""
-    return sharding.is_zero3(parameter) or getattr(parameter, "_hp_mapping", None) is not None
+    """Whether ZeRO holds this parameter's gradient itself, in place of ``.grad``.
+
+    The same in every process: ZeRO-1 and 2 give the mapping to all, and fill it for the owners.
+    """
+    return sharding.is_zero3(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 def _add(term: Term, scale: float) -> Tensor:

@@ -194,13 +194,14 @@ def _term(state: EWCState, name: str, parameter: Tensor, weight: float, offload:
         own_importance, own_anchor = (_placed(tensor, parameter, offload) for tensor in held)
         return Term(name, parameter, own_importance, own_anchor, weight)
     index = importance.indices
-    values = anchor.kept() if anchor.scale != 1.0 else anchor.values
+    strengths = gathered(importance.values)
+    values = gathered(anchor.kept() if anchor.scale != 1.0 else anchor.values)
     if index is not None and anchor.indices is None:
-        values = anchor.values.view(-1)[index]
+        values = values.reshape(-1)[index]
     return Term(
         name,
         parameter,
-        _placed(importance.values, parameter, offload),
+        _placed(strengths, parameter, offload),
         _placed(values, parameter, offload),
         weight,
         importance.scale,

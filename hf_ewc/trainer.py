@@ -255,7 +255,10 @@ class EWCMixin(_Base):
             warn_about(self._ewc_penalty, online and self.state.global_step == 0)
             if self.is_deepspeed_enabled:
                 # The engine takes its step inside the backward pass, before training_step is back.
-                deepspeed.before_each_step(model, self._ewc_add_gradients)
+                penalty = self._ewc_penalty
+                deepspeed.around_each_step(
+                    model, self._ewc_add_gradients, lambda: deepspeed.clear_gradients(penalty)
+                )
         self._ewc_run = self.state
 
     def _ewc_check_patterns(self) -> None:

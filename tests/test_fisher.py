@@ -719,6 +719,23 @@ def test_gradient_checkpointing_with_several_passes():
     model, batch = build("bert")
     assert model.config.num_labels > 2
     expected = oracle.exact(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     fisher = estimate_fisher(model.train(), [batch], fisher_type="exact", fallback="error")
     oracle.assert_close(fisher.diagonal, expected)
+
+
+def test_checkpoint_wrappers_of_torch():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, batch = build("bert")
+    expected = oracle.exact(model, batch)
+    for i, layer in enumerate(model.bert.encoder.layer):
+        model.bert.encoder.layer[i] = checkpoint_wrapper(layer)
+    fisher = estimate_fisher(model, [batch], fisher_type="exact", fallback="error")
+    oracle.assert_close(fisher.diagonal, expected)
+
+
+def test_the_type_does_not_hang_on_an_example_without_labels():
+    model, batch = build("llama")
+    batch["labels"][0] = -100
+    assert estimate_fisher(model, [batch]).fisher_type == "sampled"

@@ -272,7 +272,7 @@ def test_another_run_in_the_same_folder(tmp_path):
         (
             dict(tasks=[Task("a", examples((0, 1)), examples((0, 1)), metric="f1")]),
             ValueError,
-            "scored by 'f1'; evaluation returned",
+            "scored by 'f1'; without compute_metrics",
         ),
     ],
 )

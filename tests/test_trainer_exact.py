@@ -334,7 +334,7 @@ def test_the_task_gradient_is_the_mean_over_the_window(kind: str, tmp_path: Path
 
 
 def test_the_correction_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = ewc_trainer("bert", arguments(tmp_path), 4)
+    trainer = ewc_trainer("bert", arguments(tmp_path, gradient_accumulation_steps=2), 4)
     trainer.train()
     trainer.train()
     said = [r for r in caplog.records if "num_items_in_batch" in r.getMessage()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +17,9 @@ from hf_ewc.fisher.diagonal import FISHER_TYPES, Fisher
 from hf_ewc.fisher.examples import Collator
 from hf_ewc.fisher.run import LogLikelihood, Plan, Run, warn_of_slowness
 from hf_ewc.fisher.sharded import ShardedRun, is_sharded
-from hf_ewc.fisher.sources import Request, source_of
+from hf_ewc.fisher.sources import Request, Source, source_of
 from hf_ewc.fisher.team import Team
-from hf_ewc.fisher.untouched import untouched
+from hf_ewc.fisher.untouched import preserved_random_states, untouched
 from hf_ewc.naming import canonical_name, parameters_by_name, unwrap
 
 # Scores of fp16 models are scaled up so that small gradients do not underflow, and no further, so
@@ -101,16 +101,28 @@ def estimate_fisher(
     plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale)
     run_type = ShardedRun if is_sharded(selected) else Run
     run = run_type(plain, selected, plan, team)
+    source = _source_in_all(team, data, data_collator, wanted)
     error = None
     try:
         with untouched(plain, selected):
-            source = source_of(data, data_collator, wanted)
             run.consume(source, _progress_bar(source.expected, team))
     except Exception as raised:
         error = raised
     team.raise_together(error)
     _warn_of_others(run, team)
     return _finished(run, team, plan, num_samples)
+
+
+def _source_in_all(team: Team, data: Any, collator: Collator | None, wanted: Request) -> Source:
+    """The batches of this process, or in every process the error that one of them met."""
+    source, error = None, None
+    try:
+        with preserved_random_states():
+            source = source_of(data, collator, wanted)
+    except Exception as raised:
+        error = raised
+    team.raise_together(error)
+    return cast(Source, source)
 
 
 def _progress_bar(total: int | None, team: Team) -> functools.partial[Any]:

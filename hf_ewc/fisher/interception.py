@@ -9,6 +9,7 @@ operation was not covered, and `uncovered_uses` names it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -226,14 +227,15 @@ class Recomputation:
 
     def __init__(self, mode: Interception) -> None:
         self._mode = mode
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         self._mode.recomputing = True
-        self._mode.__enter__()
+        self._stack.enter_context(self._mode)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
-            self._mode.__exit__(*error)
+            self._stack.close()
         finally:
             self._mode.recomputing = False
 

@@ -63,7 +63,8 @@ class Categorical(Distribution):
     @property
     def num_exact_passes(self) -> int:
         positions = int((self.labels != IGNORED).sum(1).max()) if self.labels.numel() else 0
-        return positions * (self.logits.shape[-1] - 1)
+        # Without labels nothing says how many there will be: as many as there are positions.
+        return (positions or self.labels.shape[1]) * (self.logits.shape[-1] - 1)
 
     def empirical(self) -> Tensor:
         return self._log_probability(self.labels)

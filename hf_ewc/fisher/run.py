@@ -103,7 +103,7 @@ class Run:
         if first is None:
             return
         with torch.no_grad():
-            next(self._objectives(first.to(self._device)))
+            next(self._objectives(first.to(self._device)), None)
         self.num_examples = 0
         # A single example may not tell how labels are shifted: that is found by the first batch.
         self._reader = LabelReader(self._model)

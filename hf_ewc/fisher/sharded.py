@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class ShardedOneBackward(OneBackward):
 
     def add(self, batch: ExampleBatch, objectives: Objectives) -> None:
         """Raises `UncoveredUse` in every process, with nothing added, if one has such a use."""
-        with self.ledger.watching():
+        with self.ledger.watching(), _kept_whole():
             super().add(batch, objectives)
 
     def _refuse(self, uncovered: list[tuple[str, str]]) -> None:
@@ -182,11 +183,23 @@ class ShardedRun(Run):
     def consume(self, source: Source, bar: ProgressBar) -> None:
         try:
             with _without_engine(self._model):
+                first = self._first(source)
+                source = replace(source, first=lambda: first)
                 self._settle_type(source)
                 for batch in bar(self._in_step(source)):
                     self._add_in_step(batch)
         finally:
             sharding.release(self._model)
+
+    def _first(self, source: Source) -> ExampleBatch | None:
+        """The first batch, or in every process the error that one of them met."""
+        first, error = None, None
+        try:
+            first = source.first()
+        except Exception as raised:
+            error = raised
+        self._team.raise_together(error)
+        return first
 
     def _in_step(self, source: Source) -> Iterator[ExampleBatch | None]:
         """This process's batches, then None for as long as another process has some."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
 
 
@@ -23,7 +24,7 @@ def untouched(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterato
     torch.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_random_states())
+        stack.enter_context(preserved_random_states())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_buffers(model))
         stack.enter_context(_attributes(model))
@@ -51,6 +52,10 @@ def checkpointing(model: nn.Module, contexts: Callable[[], Any]) -> Iterator[Non
         and hasattr(module, "_gradient_checkpointing_func")
         and _is_checkpointed_layer(module)
     ]
+    wrappers = [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
+    functions = [wrapper.checkpoint_fn for wrapper in wrappers]
+    for wrapper in wrappers:
+        wrapper.checkpoint_fn = functools.partial(_checkpoint(contexts))
     originals = {layer: layer.__dict__.get("forward") for layer in layers}
     for layer in layers:
         layer.forward = _checkpointed(layer.forward, contexts)
@@ -62,6 +67,8 @@ def checkpointing(model: nn.Module, contexts: Callable[[], Any]) -> Iterator[Non
                 del layer.forward
             else:
                 layer.forward = original
+        for wrapper, function in zip(wrappers, functions, strict=True):
+            wrapper.checkpoint_fn = function
 
 
 def _is_checkpointed_layer(module: nn.Module) -> bool:
@@ -71,7 +78,11 @@ def _is_checkpointed_layer(module: nn.Module) -> bool:
 
 
 def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
+    return functools.partial(_checkpoint(contexts), forward)
+
+
+def _checkpoint(contexts: Callable[[], Any]) -> Callable[..., Any]:
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Bound, so that the second run sees the same tensor objects as the first.
         bound = functools.partial(forward, *args, **kwargs)
         return checkpoint(bound, use_reentrant=False, context_fn=contexts)
@@ -80,7 +91,7 @@ def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any]) -> C
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def preserved_random_states() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what data sets use)
     try:
         with torch.random.fork_rng(device_type=_accelerator_type()):
