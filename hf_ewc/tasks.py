@@ -239,6 +239,12 @@ class _Run:
         """Train, consolidate and evaluate one task, and save everything."""
         task = self.tasks[index]
         trainer = self._trainer(index)
+        if getattr(trainer, "is_fsdp_enabled", False) and len(self.tasks) > 1:
+            raise ValueError(
+                f"run_tasks got {len(self.tasks)} tasks under FSDP, which cannot prepare a model a "
+                "second time. Train each task in a launch of its own with EWCTrainer, or use DDP "
+                "or DeepSpeed."
+            )
         trainer.remove_callback(ProgressCallback)
         if progress is not None:
             progress.begin(index)
