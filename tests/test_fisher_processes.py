@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,28 +17,13 @@ from torch import Tensor
 from hf_ewc import EWCState, estimate_fisher
 from tests.fisher_processes import CASES, fisher_of
 from tests.models import Examples, bert, llama
+from tests.torchrun import torchrun
 
-ROOT = Path(__file__).parent.parent
 SHARDED = [("shards", 2), ("partitions", 2)]
 
 
 def launched(action: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return subprocess.run(
-        [*launch, "-m", "tests.fisher_processes", action, str(folder)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "DS_ACCELERATOR": "cpu",
-            "DS_IGNORE_CUDA_DETECTION": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return torchrun(processes, "tests.fisher_processes", action, str(folder))
 
 
 def result_of(action: str, folder: Path, processes: int) -> dict[str, Any]:

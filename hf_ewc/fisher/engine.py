@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -135,7 +136,7 @@ class OneByOne:
     @contextlib.contextmanager
     def _squaring(self) -> Iterator[None]:
         hooks = [
-            parameter.register_hook(self._before_capture(name))
+            parameter.register_hook(before_capture(partial(self._square, name)))
             if self._observed
             else parameter.register_post_accumulate_grad_hook(self._after_accumulation(name))
             for name, parameter in self._parameters.items()
@@ -154,13 +155,6 @@ class OneByOne:
 
         return square
 
-    def _before_capture(self, name: str) -> Callable[[Tensor], Tensor]:
-        def square(gradient: Tensor) -> Tensor:
-            self._square(name, gradient)
-            return gradient.new_zeros(()).expand_as(gradient)  # nothing to keep until the end
-
-        return square
-
     @torch.no_grad()
     def _square(self, name: str, gradient: Tensor) -> None:
         total = self._totals[name]
@@ -169,6 +163,16 @@ class OneByOne:
 
     def totals(self) -> dict[str, Tensor]:
         return self._totals
+
+
+def before_capture(use: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
+    """A hook that hands a gradient to ``use``, so that autograd has none to keep until the end."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        use(gradient)
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    return hook
 
 
 class BatchGradient(OneByOne):

@@ -8,8 +8,9 @@ meets (an error, a use that is not covered) all of them hear of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hf_ewc.fisher.engine import (
     Objectives,
     OneBackward,
     UncoveredUse,
+    before_capture,
     judged,
     with_last,
 )
@@ -127,19 +129,15 @@ class Together:
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
         names = {id(parameter): name for name, parameter in self._parameters.items()}
-        hooks = [p.register_hook(self._before_capture(names[id(p)])) for p in self._zero3]
+        hooks = [
+            p.register_hook(before_capture(partial(self._square, names[id(p)])))
+            for p in self._zero3
+        ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _before_capture(self, name: str) -> Callable[[Tensor], Tensor]:
-        def square(gradient: Tensor) -> Tensor:
-            self._square(name, gradient)
-            return gradient.new_zeros(()).expand_as(gradient)  # nothing to keep until the end
-
-        return square
 
     @torch.no_grad()
     def _square(self, name: str, gradient: Tensor) -> None:
