@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from hf_ewc.naming import is_partitioned, is_sharded, parameters_by_name, unwrap
+from hf_ewc.naming import class_name, is_partitioned, is_sharded, parameters_by_name, unwrap
 
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,7 +32,7 @@ def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
         parameters that are trained and not part of the base; "base": hashes of the base in several
         precisions, None where its values are not all in this process (FSDP2, ZeRO-3).
     """
-    found: dict[str, Any] = {"model": _class_name(model)}
+    found: dict[str, Any] = {"model": class_name(model)}
     adapters = _adapters(model)
     if adapters:
         parameters = parameters_by_name(model)
@@ -69,12 +69,6 @@ def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
             "same base and adapter, or begin a new state."
         )
     return problems
-
-
-def _class_name(model: nn.Module) -> str:
-    inner = unwrap(model)
-    base = getattr(inner, "get_base_model", None)
-    return type(base() if callable(base) else inner).__name__
 
 
 def _adapters(model: nn.Module) -> dict[str, str]:

@@ -39,6 +39,22 @@ class ClassMask:
         self.masked = torch.zeros(self.num_classes, dtype=torch.bool)
         self._handles: list[Any] = []
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Without its hooks inside the block."""
+        active = bool(self._handles)
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            if active:
+                self.__enter__()
+
+    def move_to(self, model: nn.Module) -> None:
+        """Mask the heads of another model of the same kind from now on, in place of these."""
+        with self.lifted():
+            self.heads = classification_heads(model)
+
     def __enter__(self) -> ClassMask:
         self._handles = [head.register_forward_hook(self._mask) for head in self.heads]
         return self

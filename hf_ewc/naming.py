@@ -54,6 +54,17 @@ def _wrapper_types() -> tuple[type, ...]:
     return types
 
 
+def class_name(model: nn.Module) -> str:
+    """The name of the model's own class, inside wrappers and adapters, sharded by FSDP2 or not."""
+    inner = unwrap(model)
+    get_base_model = getattr(inner, "get_base_model", None)  # of a PEFT model
+    cls = type(get_base_model() if callable(get_base_model) else inner)
+    # FSDP2 gives each module that it shards a new class, with the module's own as the last base.
+    while any(base.__name__ == "FSDPModule" for base in cls.__bases__):
+        cls = cls.__bases__[-1]
+    return cls.__name__
+
+
 def canonical_name(name: str) -> str:
     """`name` without the parts that `torch.compile`, FSDP and activation checkpointing put in."""
     for part in _WRAPPER_PARTS:
@@ -122,7 +133,7 @@ def select_parameters(
     trainable = [name for name, p in every.items() if p.requires_grad or not trainable_only]
     if not trainable:
         raise ValueError(
-            f"No parameter of {type(unwrap(model)).__name__} requires a gradient, so there is none "
+            f"No parameter of {class_name(model)} requires a gradient, so there is none "
             "to protect. A PEFT adapter loaded without is_trainable=True is frozen."
         )
     chosen = set(trainable)
@@ -169,7 +180,7 @@ def _matched(
     if isinstance(patterns, str) and patterns.lower() == ALL_LINEAR:
         linear = _linear_modules(model)
         return {name for name in names if _any_level(name, linear.__contains__)}
-    return names_in(patterns, names, field, type(unwrap(model)).__name__, what)
+    return names_in(patterns, names, field, class_name(model), what)
 
 
 def names_in(

@@ -13,7 +13,11 @@ def check_supported(trainer: Trainer) -> None:
     Raises:
         ValueError: with all reasons, and what to use instead.
     """
-    reasons = [*_optimizer_reasons(trainer), *_sharding_reasons(trainer)]
+    reasons = [
+        *_optimizer_reasons(trainer),
+        *_sharding_reasons(trainer),
+        *_packing_reasons(trainer),
+    ]
     if reasons:
         raise ValueError("EWC cannot be exact with these settings. " + " ".join(reasons))
 
@@ -59,5 +63,19 @@ def _sharding_reasons(trainer: Trainer) -> list[str]:
         return [
             "FSDP version 1 flattens parameters, so importances have no place by name; use FSDP2 "
             "(fsdp_config={'version': 2}, or fsdp_version: 2 in the accelerate configuration)."
+        ]
+    return []
+
+
+def _packing_reasons(trainer: Trainer) -> list[str]:
+    share = getattr(getattr(trainer, "ewc_config", None), "ewc_keep_fraction", 1.0)
+    fsdp, zero = (
+        getattr(trainer.accelerator.state, f"{kind}_plugin", None) for kind in ("fsdp", "deepspeed")
+    )
+    if share < 1.0 and (fsdp is not None or getattr(zero, "zero_stage", 0) == 3):
+        return [
+            f"ewc_keep_fraction={share:g} picks the largest importances of the whole model, of "
+            "which each process holds a part here; use 1.0 with FSDP2 and ZeRO-3, and pack the "
+            "saved state: EWCState.from_pretrained(folder).pack(keep_fraction=...)."
         ]
     return []

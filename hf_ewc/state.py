@@ -19,11 +19,11 @@ from hf_ewc import fingerprint, hub, packing, sharding, storage
 from hf_ewc.fisher.diagonal import Fisher
 from hf_ewc.naming import (
     canonical_name,
+    class_name,
     full_shape,
     is_partitioned,
     names_in,
     parameters_by_name,
-    unwrap,
 )
 from hf_ewc.packing import PackedTensor, TensorMap
 from hf_ewc.processes import is_main_process as is_main
@@ -265,7 +265,7 @@ class EWCState:
         importance, anchor = self._packed_maps()
         for name in map(canonical_name, names):
             if name not in importance or name not in parameters:
-                where = "the state" if name not in importance else type(unwrap(model)).__name__
+                where = "the state" if name not in importance else class_name(model)
                 raise ValueError(f"grow_rows: {name!r} is not a parameter of {where}.")
             theta = packing.gathered(parameters[name].detach())
             old, new = importance[name].shape, theta.shape
@@ -425,8 +425,7 @@ class EWCState:
         recorded = self.metadata.get("fingerprint")
         source = recorded.get("model") if isinstance(recorded, Mapping) else None
         _refuse_misfits(
-            f"The state{f' of {source}' if source else ''} does not fit "
-            f"{type(unwrap(model)).__name__}",
+            f"The state{f' of {source}' if source else ''} does not fit {class_name(model)}",
             _misfits(shapes, parameters, "the state", values_needed),
             _advice(shapes, parameters),
         )

@@ -20,13 +20,14 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import EvalPrediction, ProgressCallback, TrainingArguments, set_seed
 
+from hf_ewc.blueprint import Blueprint
 from hf_ewc.checkpoints import is_complete
 from hf_ewc.config import EWCConfig
 from hf_ewc.fisher.outputs import shifts_labels
 from hf_ewc.heads import ClassMask
 from hf_ewc.labels import CLASS_INCREMENTAL, SCENARIOS, accuracy, guess_scenario, labels_of
 from hf_ewc.metrics import AccuracyMatrix
-from hf_ewc.naming import full_shape, unwrap
+from hf_ewc.naming import class_name, full_shape, is_sharded, unwrap
 from hf_ewc.processes import check_launch
 from hf_ewc.progress import TaskProgress
 from hf_ewc.report import read_results, write_report, write_results
@@ -130,7 +131,8 @@ def run_tasks(
     `args.seed + k`, counted from 0.
 
     Args:
-        model: trained in place; to go on, give it as it was at first.
+        model: trained in place (under FSDP2 a new one for each further task: see the result's); to
+            go on, give it as it was at first.
         tasks: in the order of training.
         args: for every task; `args.output_dir` holds the run, with a folder for each task.
         ewc_config: None trains plainly, for comparison.
@@ -181,7 +183,7 @@ def run_tasks(
     with run.mask or nullcontext(), run.progress() as progress:
         for index in range(len(run.metrics), len(tasks)):
             run.learn(index, progress)
-    return TaskResults(run.matrix, run.metrics, run.folder, model, run.state)
+    return TaskResults(run.matrix, run.metrics, run.folder, run.model, run.state)
 
 
 @dataclass
@@ -203,6 +205,7 @@ class _Run:
     matrix: AccuracyMatrix
     metrics: list[dict[str, dict[str, float]]] = field(default_factory=list)
     mask: ClassMask | None = None
+    blueprint: Blueprint | None = None
 
     def __post_init__(self) -> None:
         self.folder = Path(str(self.args.output_dir))
@@ -239,12 +242,9 @@ class _Run:
         """Train, consolidate and evaluate one task, and save everything."""
         task = self.tasks[index]
         trainer = self._trainer(index)
-        if getattr(trainer, "is_fsdp_enabled", False) and len(self.tasks) > 1:
-            raise ValueError(
-                f"run_tasks got {len(self.tasks)} tasks under FSDP, which cannot prepare a model a "
-                "second time. Train each task in a launch of its own with EWCTrainer, or use DDP "
-                "or DeepSpeed."
-            )
+        if trainer.is_fsdp_enabled:
+            _check_saves_whole(trainer)
+            self._draw_blueprint()
         trainer.remove_callback(ProgressCallback)
         if progress is not None:
             progress.begin(index)
@@ -267,6 +267,21 @@ class _Run:
         if self._is_main:
             self._report()
         trainer.accelerator.wait_for_everyone()
+        if index + 1 < len(self.tasks):
+            self._make_whole()
+
+    def _draw_blueprint(self) -> None:
+        if self.blueprint is None:
+            with self.mask.lifted() if self.mask is not None else nullcontext():
+                self.blueprint = Blueprint(unwrap(self.model))
+
+    def _make_whole(self) -> None:
+        """Replace a model that FSDP2 has sharded, which cannot be prepared for another trainer."""
+        if self.blueprint is None or not any(map(is_sharded, self.model.parameters())):
+            return
+        self.model = self.blueprint.built_from(self.model)
+        if self.mask is not None:
+            self.mask.move_to(self.model)
 
     def _trainer(self, index: int) -> Any:
         task = self.tasks[index]
@@ -351,7 +366,9 @@ class _Run:
                 "%d of %d tasks were done before; going on from %s.", done, len(self.tasks), folder
             )
         if not load_converted(self.model, folder):
-            self._trainer(done - 1)._load_from_checkpoint(str(folder))
+            trainer = self._trainer(done - 1)
+            trainer.is_fsdp_enabled = False  # the model is whole yet, and so is what was saved
+            trainer._load_from_checkpoint(str(folder))
         if self.config is not None:
             self.state = EWCState.from_pretrained(str(folder))
 
@@ -359,7 +376,7 @@ class _Run:
         args, config = self.args, self.config
         notes = [
             f"{len(self.metrics)} of {len(self.tasks)} tasks learnt; {self.scenario}-incremental; "
-            f"{type(unwrap(self.model)).__name__}, learning rate {args.learning_rate:g}, "
+            f"{class_name(self.model)}, learning rate {args.learning_rate:g}, "
             f"seed {args.seed}."
         ]
         if config is not None:
@@ -384,7 +401,7 @@ class _Run:
         settings = {
             "trainer": self.trainer_class.__name__,
             "model": [
-                type(unwrap(self.model)).__name__,
+                class_name(self.model),
                 sum(full_shape(p).numel() for p in self.model.parameters()),
             ],
             "tasks": [
@@ -479,6 +496,15 @@ def _check_score(task: Task, compute_metrics: Metrics | None) -> None:
         raise ValueError(
             f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
             "'accuracy' and 'loss'."
+        )
+
+
+def _check_saves_whole(trainer: Any) -> None:
+    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if "FULL" not in kind:
+        raise ValueError(
+            f"fsdp_state_dict_type is {kind}; run_tasks needs FULL_STATE_DICT, so that each task's "
+            "model is saved whole."
         )
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_ewc.naming import is_partitioned, is_sharded, unwrap
+from hf_ewc.sharding import gathered
 
 
 def needs_conversion(model: nn.Module, folder: str | Path) -> bool:
@@ -43,7 +44,8 @@ def load_converted(model: nn.Module, folder: str | Path) -> bool:
         return False
     with torch.random.fork_rng():
         stored = type(plain).from_pretrained(str(folder))
-    plain.load_state_dict(stored.state_dict())
+    with gathered(stored.parameters()):  # where ZeRO-3 has partitioned them as they were read
+        plain.load_state_dict(stored.state_dict())
     return True
 
 

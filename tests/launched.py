@@ -7,6 +7,7 @@ alone    the same without use_cpu, so that processes on a machine without GPU ar
 die      train, and let rank 1 kill itself in the second step
 resume   train with checkpoints; train in part and resume; compare and write FOLDER/result.json
 sharded  train a model that transformers has sharded (DistributedConfig), saving only the model
+tasks    learn two tasks in one call, and in two calls of which the second goes on from the files
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.processes import leave
 from hf_ewc.sharding import is_sharded
 from hf_ewc.state import EWCState
+from hf_ewc.tasks import Task, TaskResults, run_tasks
 from hf_ewc.trainer import EWCTrainer
 from tests.many_processes import make_model, whole
-from tests.models import Examples, bert, random_quadratic
+from tests.models import Examples, bert, random_quadratic, vit
 from tests.training import arguments
 
 STEPS, CUT = 6, 3
@@ -126,8 +130,6 @@ def saved_is_trained(folder: Path, weights: dict[str, torch.Tensor]) -> bool | N
     """Whether ``from_pretrained`` reads the trained weights; None where none were written whole."""
     if not (folder / "model.safetensors").is_file():
         return None
-    from safetensors.torch import load_file
-
     saved = load_file(folder / "model.safetensors")
     return all(torch.equal(saved[name].double(), weights[name].cpu()) for name in weights)
 
@@ -140,12 +142,45 @@ def main(action: str, folder: Path) -> None:
     elif action == "die":
         make_trainer(folder, DieAtStep()).train()
     else:
-        result = compare(folder) if action == "resume" else sharded_by_transformers(folder)
+        result = {"resume": compare, "sharded": sharded_by_transformers, "tasks": in_a_row}[action](
+            folder
+        )
         if int(os.environ["RANK"]) == 0:
             (folder / "result.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()
     leave()
+
+
+def in_a_row(folder: Path) -> dict[str, Any]:
+    """Two tasks with a part of the head each, at once and after another start."""
+    tasks = [
+        Task(name, of_classes(classes, 12), of_classes(classes, 8), classes=classes)
+        for name, classes in [("a", (0, 1)), ("b", (1, 2))]
+    ]
+
+    def learn(where: str, tasks: list[Task]) -> TaskResults:
+        args = arguments(folder / where, learning_rate=1e-2, max_steps=3)
+        config = EWCConfig(ewc_lambda=30.0, fisher_batch_size=2)
+        return run_tasks(vit(), tasks, args, config, trainer_class=OnCPU)
+
+    at_once = learn("whole", tasks)
+    learn("cut", tasks[:1])
+    grown = learn("cut", tasks)
+    dist.barrier()
+    one, two = (load_file(folder / w / "02-b/final/model.safetensors") for w in ("whole", "cut"))
+    return {
+        "processes": dist.get_world_size(),
+        "kind": AcceleratorState().distributed_type.value,
+        "same": all(torch.equal(one[name], two[name]) for name in one),
+        "same_scores": at_once.matrix == grown.matrix,
+        "tasks": [task.name for task in at_once.state.tasks],
+        "losses": [score["loss"] for scores in at_once.metrics for score in scores.values()],
+    }
+
+
+def of_classes(classes: tuple[int, ...], size: int) -> list[dict[str, torch.Tensor]]:
+    return [x for x in Examples("vit", 3 * size) if int(x["labels"]) in classes][:size]
 
 
 def sharded_by_transformers(folder: Path) -> dict[str, Any]:

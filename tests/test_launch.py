@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +97,37 @@ def test_the_command_of_cpu_2(tmp_path: Path) -> None:
     assert runs
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("cpu_2", "MULTI_CPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")],
-)
+KINDS = {"cpu_2": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+@pytest.fixture(scope="module")
+def in_a_row(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What became of two tasks under a configuration, launched once for each."""
+
+    @functools.cache
+    def learn(name: str) -> dict[str, Any]:
+        folder: Path = tmp_path_factory.mktemp(name)
+        config = ["--config_file", str(RECIPES / f"{name}.yaml")]
+        code, output = launch(*ACCELERATE, *config, "-m", "tests.launched", "tasks", str(folder))
+        assert code == 0, output[-6000:]
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return result
+
+    return learn
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tasks_in_a_row(name: str, in_a_row: Callable[[str], dict[str, Any]]) -> None:
+    """One task after another in one launch, and in two, whatever the model's shards are."""
+    result = in_a_row(name)
+    assert result["processes"] == 2
+    assert result["kind"] == KINDS[name]
+    assert result["same"] is result["same_scores"] is True
+    assert result["tasks"] == ["a", "b"]
+    assert result["losses"] == pytest.approx(in_a_row("cpu_2")["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_resumed_runs_equal_undisturbed_ones(name: str, kind: str, tmp_path: Path) -> None:
     """And state and model are written once, whole, while all processes save and load them."""
     config = ["--config_file", str(RECIPES / f"{name}.yaml")]

@@ -451,6 +451,25 @@ def test_fsdp(version: int) -> None:
         check_supported(trainer)
 
 
+@pytest.mark.parametrize("plugin", [{"fsdp_plugin": 2}, {"deepspeed_plugin": 3}])
+def test_a_share_of_parts_is_refused(plugin: dict[str, int]) -> None:
+    """Which importances are the largest is known of the whole model only."""
+    state = SimpleNamespace(
+        **{name: SimpleNamespace(fsdp_version=n, zero_stage=n) for name, n in plugin.items()}
+    )
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(optim="adamw_torch"),
+        optimizer_cls_and_kwargs=None,
+        optimizer=None,
+        accelerator=SimpleNamespace(state=state),
+        ewc_config=EWCConfig(ewc_keep_fraction=0.5),
+    )
+    with pytest.raises(ValueError, match="picks the largest importances"):
+        check_supported(trainer)
+    trainer.ewc_config = EWCConfig()
+    check_supported(trainer)
+
+
 def test_without_ewc_nothing_is_refused(tmp_path: Path) -> None:
     args = arguments(tmp_path, optim="lomo")
     EWCTrainer(model=bert(), args=args, train_dataset=Examples("bert", 4))
