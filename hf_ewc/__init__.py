@@ -16,7 +16,7 @@ _MODULES = {
     "EWCState": "state",
     "EWCTrainer": "trainer",
     "Fisher": "fisher.diagonal",
-    "Task": "tasks",
+    "Task": "task",
     "estimate_fisher": "fisher",
     "run_tasks": "tasks",
 }
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from hf_ewc.fisher.diagonal import Fisher
     from hf_ewc.metrics import AccuracyMatrix
     from hf_ewc.state import EWCState
-    from hf_ewc.tasks import Task, run_tasks
+    from hf_ewc.task import Task
+    from hf_ewc.tasks import run_tasks
     from hf_ewc.trainer import EWCMixin, EWCSeq2SeqTrainer, EWCTrainer
 
 

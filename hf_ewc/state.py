@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from hf_ewc import fingerprint, hub, packing, sharding, storage
 from hf_ewc.fisher.diagonal import Fisher
+from hf_ewc.fitting import advice, misfits, refuse_misfits, validate
 from hf_ewc.naming import (
     canonical_name,
     class_name,
-    full_shape,
-    is_partitioned,
     names_in,
     parameters_by_name,
 )
@@ -85,7 +84,7 @@ class EWCState:
         importance = _held("importance", self.importance, torch.float32)
         anchor = _held("anchor", self.anchor, None)
         offsets = {canonical_name(name): float(value) for name, value in self.offsets.items()}
-        _validate(importance, anchor, offsets)
+        validate(importance, anchor, offsets)
         values = {
             "importance": importance,
             "anchor": anchor,
@@ -162,10 +161,10 @@ class EWCState:
         values = _parameter_values(parameters)
         new = {canonical_name(key): value for key, value in fisher.diagonal.items()}
         names = list(dict.fromkeys((*self.importance, *new)))
-        _refuse_misfits(
+        refuse_misfits(
             "The parameters do not fit the state and the Fisher",
-            _misfits({name: tensor.shape for name, tensor in new.items()}, values, "the Fisher")
-            + _misfits(_shapes(self.importance), values, "the state"),
+            misfits({name: tensor.shape for name, tensor in new.items()}, values, "the Fisher")
+            + misfits(_shapes(self.importance), values, "the state"),
         )
         importance, anchor, offsets = {}, {}, {}
         for key in names:
@@ -424,17 +423,17 @@ class EWCState:
         shapes, parameters = _shapes(self.importance), parameters_by_name(model)
         recorded = self.metadata.get("fingerprint")
         source = recorded.get("model") if isinstance(recorded, Mapping) else None
-        _refuse_misfits(
+        refuse_misfits(
             f"The state{f' of {source}' if source else ''} does not fit {class_name(model)}",
-            _misfits(shapes, parameters, "the state", values_needed),
-            _advice(shapes, parameters),
+            misfits(shapes, parameters, "the state", values_needed),
+            advice(shapes, parameters),
         )
 
     def _check_fingerprint(self, model: nn.Module) -> None:
         recorded = self.metadata.get("fingerprint")
         if isinstance(recorded, Mapping):
             problems = fingerprint.mismatches(recorded, model)
-            _refuse_misfits("The state belongs to another model", problems)
+            refuse_misfits("The state belongs to another model", problems)
 
 
 def _combined(
@@ -506,24 +505,6 @@ def _held(kind: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -
     return TensorMap(held)
 
 
-def _validate(importance: TensorMap, anchor: TensorMap, offsets: Mapping[str, float]) -> None:
-    problems = [f"{name}: has an importance, no anchor" for name in importance.keys() - anchor]
-    problems += [f"{name}: has an anchor, no importance" for name in anchor.keys() - importance]
-    for name in importance.keys() & anchor:
-        strength, center = importance.packed(name), anchor.packed(name)
-        if strength.shape != center.shape:
-            shapes = f"{list(strength.shape)}, the anchor {list(center.shape)}"
-            problems.append(f"{name}: the importance is {shapes}")
-        problems += [f"{name}: the importance {problem}" for problem in strength.problems(True)]
-        problems += [f"{name}: the anchor {problem}" for problem in center.problems(False)]
-    for name, value in offsets.items():
-        if name not in importance:
-            problems.append(f"{name}: has an offset, no importance")
-        if not 0.0 <= value < math.inf:
-            problems.append(f"{name}: the offset is {value}; it is finite and at least 0")
-    _refuse_misfits("The importances and anchors make no state", sorted(problems))
-
-
 def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:
     try:
         copy: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
@@ -563,45 +544,6 @@ def _parameter_values(parameters: Parameters) -> dict[str, Tensor]:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: _map(tensors).packed(name).shape for name in tensors}
-
-
-def _misfits(
-    needed: Mapping[str, torch.Size],
-    parameters: Mapping[str, Tensor],
-    owner: str,
-    values_needed: bool = True,
-) -> list[str]:
-    """What of `needed`, the shapes that `owner` has, is not so in `parameters`."""
-    problems = []
-    for name, shape in needed.items():
-        if name not in parameters:
-            problems.append(f"{name}: in {owner}, not among the parameters")
-        elif values_needed and is_partitioned(parameters[name]):
-            problems.append(f"{name}: held in parts by DeepSpeed ZeRO-3; gather it first")
-        elif full_shape(parameters[name]) != shape:
-            seen = list(full_shape(parameters[name]))
-            problems.append(f"{name}: {list(shape)} in {owner}, {seen} among the parameters")
-    return problems
-
-
-def _advice(needed: Mapping[str, torch.Size], parameters: Mapping[str, Tensor]) -> str:
-    """What to do about parameters that are missing or have other shapes."""
-    there = {name: full_shape(parameters[name]) for name in needed if name in parameters}
-    grown = any(s[1:] == needed[name][1:] and s[:1] > needed[name][:1] for name, s in there.items())
-    rows = "Rows that a classifier or an embedding has gained are admitted by state.grow_rows. "
-    return (
-        "Use the model that was consolidated. "
-        + (rows if grown else "")
-        + "What was replaced, such as a head, is given up by state.without(['its name'])."
-    )
-
-
-def _refuse_misfits(title: str, problems: list[str], hint: str = "") -> None:
-    if not problems:
-        return
-    shown, rest = problems[:10], len(problems) - 10
-    lines = [f"{title}:", *shown, *([f"and {rest} more"] if rest > 0 else [])]
-    raise ValueError("\n  ".join(lines) + (f"\n{hint}" if hint else ""))
 
 
 def _state_dtype(dtype: torch.dtype | str) -> torch.dtype:

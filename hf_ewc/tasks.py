@@ -1,4 +1,4 @@
-"""A sequence of tasks: what a task is, and the runner that trains, tests and remembers."""
+"""The runner over a sequence of tasks, which trains, tests and remembers."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import EvalPrediction, ProgressCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback, TrainingArguments, set_seed
 
 from hf_ewc.blueprint import Blueprint
 from hf_ewc.checkpoints import is_complete
 from hf_ewc.config import EWCConfig
 from hf_ewc.fisher.outputs import shifts_labels
 from hf_ewc.heads import ClassMask
-from hf_ewc.labels import CLASS_INCREMENTAL, SCENARIOS, accuracy, guess_scenario, labels_of
+from hf_ewc.labels import CLASS_INCREMENTAL, accuracy, guess_scenario
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.naming import class_name, full_shape, is_sharded, unwrap
 from hf_ewc.processes import check_launch
 from hf_ewc.progress import TaskProgress
 from hf_ewc.report import read_results, write_report, write_results
+from hf_ewc.same_run import check_same_run, length, qualified_name
 from hf_ewc.state import EWCState
+from hf_ewc.task import Metrics, Task, check_score, check_tasks, check_types, score_of
 from hf_ewc.trainer import EWCMixin, EWCTrainer
 from hf_ewc.weights import load_converted, needs_conversion
 
 logger = logging.getLogger("hf_ewc")
-
-Metrics = Callable[[EvalPrediction], dict[str, float]]
 
 # The training arguments that a run must share with the one it goes on from.
 _RECORDED = (
@@ -56,33 +56,6 @@ _RECORDED = (
     "bf16",
     "fp16",
 )
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of a sequence.
-
-    Args:
-        name: unlike the other tasks'.
-        train_dataset: as a Trainer takes it.
-        eval_dataset: what the task's score is measured on, always the same.
-        classes: the task's own labels on the shared head, for task-incremental learning: the score
-            takes only these into account, and so do training and Fisher unless `run_tasks` is told
-            otherwise. Tasks with disjoint classes have heads of their own, since another task's
-            rows of the head then get no gradient.
-        data_collator: instead of the runner's.
-        compute_metrics: instead of the runner's.
-        metric: which entry of the metrics is the score; more is better, but for "loss", which is
-            taken with the other sign.
-    """
-
-    name: str
-    train_dataset: Any
-    eval_dataset: Any
-    classes: Sequence[int] | None = None
-    data_collator: Callable[..., Any] | None = None
-    compute_metrics: Metrics | None = None
-    metric: str = "accuracy"
 
 
 @dataclass
@@ -156,10 +129,10 @@ def run_tasks(
         TypeError: an argument of another type, or `ewc_config` is given and `trainer_class` cannot
             consolidate.
     """
-    _check_types(tasks, args, ewc_config)
-    _check(tasks, args, ewc_config, trainer_class, scenario)
+    check_types(tasks, args, ewc_config)
+    check_tasks(tasks, args, ewc_config, trainer_class, scenario)
     for task in tasks:
-        _check_score(task, task.compute_metrics or compute_metrics)
+        check_score(task, task.compute_metrics or compute_metrics)
     if ewc_state is not None and ewc_config is None:
         raise ValueError("run_tasks got an ewc_state without ewc_config; give both, or neither.")
     run = _Run(
@@ -251,7 +224,7 @@ class _Run:
             trainer.add_callback(progress)
         if index == 0 and self.evaluate_unseen:
             scores = self._evaluate(trainer, self.tasks)
-            self.matrix.baseline = np.array([_score(t, scores[t.name]) for t in self.tasks])
+            self.matrix.baseline = np.array([score_of(t, scores[t.name]) for t in self.tasks])
         with self._classes(task if self.mask_training else None):
             set_seed(trainer.args.seed)
             trainer.train(resume_from_checkpoint=self._last_checkpoint(trainer))
@@ -260,7 +233,7 @@ class _Run:
         seen = self.tasks if self.evaluate_unseen else self.tasks[: index + 1]
         scores = self._evaluate(trainer, seen)
         for other in seen:
-            self.matrix[task.name, other.name] = _score(other, scores[other.name])
+            self.matrix[task.name, other.name] = score_of(other, scores[other.name])
         self.metrics.append(scores)
         trainer.save_model(str(self._model_folder(index)))
         trainer.accelerator.wait_for_everyone()
@@ -353,7 +326,7 @@ class _Run:
     def _restore(self) -> None:
         """Take up matrix, weights and state of the tasks that are done."""
         runs, content = read_results(self.results)
-        _check_same_run(self.results, content.get("settings"), self._settings)
+        check_same_run(self.results, content.get("settings"), self._settings)
         (saved,) = runs[self._method]
         self.matrix.take_over(saved)
         self.metrics = content["metrics"]
@@ -409,8 +382,8 @@ class _Run:
                     "name": task.name,
                     "classes": None if task.classes is None else [int(c) for c in task.classes],
                     "metric": task.metric,
-                    "compute_metrics": _qualified_name(self._metrics_of(task)),
-                    "examples": [_length(task.train_dataset), _length(task.eval_dataset)],
+                    "compute_metrics": qualified_name(self._metrics_of(task)),
+                    "examples": [length(task.train_dataset), length(task.eval_dataset)],
                 }
                 for task in self.tasks
             ],
@@ -438,67 +411,6 @@ class _Run:
         return self._task_folder(index) / "final"
 
 
-def _score(task: Task, metrics: Mapping[str, float]) -> float:
-    if task.metric not in metrics:
-        raise ValueError(
-            f"task {task.name!r} is scored by {task.metric!r}; evaluation returned "
-            f"{sorted(metrics)}. Set the task's metric to one of these, or its compute_metrics."
-        )
-    return -metrics["loss"] if task.metric == "loss" else metrics[task.metric]
-
-
-def _check(
-    tasks: Sequence[Task],
-    args: TrainingArguments,
-    config: EWCConfig | None,
-    trainer_class: type[Any],
-    scenario: str | None,
-) -> None:
-    if not tasks:
-        raise ValueError("run_tasks got no tasks; give at least one.")
-    if scenario not in (None, *SCENARIOS):
-        raise ValueError(f"scenario is {scenario!r}; allowed are {', '.join(SCENARIOS)} or None.")
-    if config is not None and not hasattr(trainer_class, "consolidate"):
-        raise TypeError(
-            f"{trainer_class.__name__} cannot consolidate; with ewc_config, trainer_class must be "
-            f"EWCTrainer or a class that begins with EWCMixin."
-        )
-    for task in tasks:
-        if task.classes is None:
-            continue
-        for kind, data in (("training", task.train_dataset), ("evaluation", task.eval_dataset)):
-            outside = labels_of(data) - set(task.classes)
-            if outside:
-                raise ValueError(
-                    f"task {task.name!r} has the labels {sorted(outside)} in its {kind} data, "
-                    f"which are not among its classes {list(task.classes)}."
-                )
-        if args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}; it would spread over "
-                f"the classes of other tasks as well. Set it to 0 for tasks with classes."
-            )
-
-
-def _check_types(tasks: Any, args: Any, config: Any) -> None:
-    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
-        raise TypeError("tasks must be a list of hf_ewc.Task, one for each task.")
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"args must be TrainingArguments, got {type(args).__name__}.")
-    if config is not None and not isinstance(config, EWCConfig):
-        raise TypeError(f"ewc_config must be an EWCConfig or None, got {type(config).__name__}.")
-
-
-def _check_score(task: Task, compute_metrics: Metrics | None) -> None:
-    if task.eval_dataset is None:
-        raise ValueError(f"task {task.name!r} has no eval_dataset, on which its score is measured.")
-    if compute_metrics is None and task.metric not in ("accuracy", "loss"):
-        raise ValueError(
-            f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
-            "'accuracy' and 'loss'."
-        )
-
-
 def _check_saves_whole(trainer: Any) -> None:
     kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
     if "FULL" not in kind:
@@ -506,41 +418,3 @@ def _check_saves_whole(trainer: Any) -> None:
             f"fsdp_state_dict_type is {kind}; run_tasks needs FULL_STATE_DICT, so that each task's "
             "model is saved whole."
         )
-
-
-def _qualified_name(metrics: Any) -> str | None:
-    metrics = getattr(metrics, "func", metrics)
-    return getattr(metrics, "__qualname__", None)
-
-
-def _length(dataset: Any) -> int | None:
-    return len(dataset) if hasattr(dataset, "__len__") else None
-
-
-def _check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on from a run with other settings; further tasks are welcome."""
-    found = dict(found) if isinstance(found, Mapping) else {}
-    before = found.get("tasks") or []
-    wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
-    lines = [line for key in wanted for line in _differences(key, found.get(key), wanted[key])]
-    if lines:
-        raise ValueError(
-            f"{path} is of a run with other settings:\n"
-            + "\n".join(lines)
-            + "\nChoose another output_dir, or begin anew with resume=False."
-        )
-
-
-def _differences(key: str, found: Any, wanted: Any) -> list[str]:
-    """One line for each entry that is not the same."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        names = dict.fromkeys((*found, *wanted))
-        return [
-            line
-            for name in names
-            for line in _differences(f"{key}.{name}", found.get(name), wanted.get(name))
-        ]
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        pairs = enumerate(zip(found, wanted, strict=True))
-        return [line for i, (f, w) in pairs for line in _differences(f"{key}[{i}]", f, w)]
-    return [] if found == wanted else [f"  {key}: {found} there, {wanted} now"]

@@ -121,7 +121,10 @@ class EWCMixin(_Base):
         return self._ewc_requested or bool(self._ewc_state)
 
     def ewc_penalty(self) -> float:
-        """λ/2 Σ F (θ − θ*)² + λ·offset of the model as it is now; 0 without a state."""
+        """λ/2 Σ F (θ − θ*)² + λ·offset of the model as it is now; 0 without a state.
+
+        Under FSDP2 and ZeRO-3 every process has to call it, and each gets the whole sum.
+        """
         return self._ewc_bound().value() if self._ewc_state else 0.0
 
     def consolidate(

@@ -55,7 +55,8 @@ def estimate_fisher(
     - "sampled": `num_draws` labels ỹ ~ p(· | x_n), one per position given the real prefix;
     - "empirical": the true label;
     - "batched": the square of the gradient summed over a batch (B times the squared batch mean;
-      no Fisher, for comparison with other libraries);
+      no Fisher, for comparison with other libraries; it depends on the batches, and so on how
+      many processes share the examples);
     - "auto": exact where it takes at most 9 passes, sampled otherwise.
 
     All examples of a batch take one backward, by interception of the forward's operations. That
