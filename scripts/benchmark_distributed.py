@@ -28,30 +28,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from benchmark_model import VOCABULARY, make_model
 from machine import write_json
-from transformers import BertConfig, BertForSequenceClassification, set_seed
 from transformers.utils import logging
 
 from hf_ewc import Fisher, estimate_fisher
 from hf_ewc.processes import leave
 
-LENGTH, VOCABULARY, BATCH = 64, 30522, 8
+LENGTH, BATCH = 64, 8
 GOAL = 0.6
 
 # In the place of an accelerator: this process alone, although others are connected.
 ALONE: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-
-
-def make_model() -> BertForSequenceClassification:
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-    )
-    return BertForSequenceClassification(config)
 
 
 def make_examples(number: int) -> list[dict[str, Any]]:

@@ -23,21 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_model import VOCABULARY, make_model
 from machine import write_json
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Fisher
 
-BATCH, LENGTH, VOCABULARY = 32, 64, 30522
+BATCH, LENGTH = 32, 64
 
 
 class RandomTokens(Dataset[dict[str, Tensor]]):
@@ -84,18 +82,6 @@ class AutogradTrainer(Trainer):
                 pull = fisher[name] * (parameter - anchor[name]) ** 2
                 loss = loss + self.ewc_lambda / 2 * pull.sum()
         return loss
-
-
-def make_model() -> BertForSequenceClassification:
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-    )
-    return BertForSequenceClassification(config)
 
 
 def random_tasks(
