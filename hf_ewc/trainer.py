@@ -294,7 +294,7 @@ class EWCMixin(_Base):
         """Follow changes of the configuration, as a callback that anneals λ makes them."""
         weighting = _weighting(self.ewc_config)
         if weighting != self._ewc_weighting:
-            self.ewc_config = replace(self.ewc_config)  # checks the values
+            replace(self.ewc_config)  # which checks the values
             penalty.reweight(self._ewc_weights())
             self._ewc_weighting = weighting
 

@@ -34,7 +34,6 @@ from torch.func import functional_call, grad, vmap
 from hf_ewc.fisher.engine import OneBackward, OneByOne
 from hf_ewc.fisher.examples import ExampleBatch
 from hf_ewc.fisher.outputs import LabelReader
-from hf_ewc.fisher.untouched import untouched
 
 Batch = dict[str, Tensor]
 Pass = Callable[[], dict[str, Tensor] | None]
@@ -99,6 +98,7 @@ def make(case: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Batch]:
         name: value.to(device, dtype if value.is_floating_point() else None)
         for name, value in batch.items()
     }
+    model.config.use_cache = False  # no method needs keys and values kept
     return model.to(device, dtype).eval(), moved
 
 
@@ -206,9 +206,8 @@ def measure(case: str, turns: int, device: str, dtype: torch.dtype) -> dict[str,
     for name, prepare in METHODS.items():
         model, batch = make(case, device, dtype)
         try:
-            with untouched(model, trainable(model)):
-                runs[name] = prepare(model, batch)
-                squares = runs[name]() or {}
+            runs[name] = prepare(model, batch)
+            squares = runs[name]() or {}
             sums[name] = {k.removeprefix("_module."): float(v.sum()) for k, v in squares.items()}
         except Exception as error:
             results[name] = {"fails": f"{type(error).__name__}: {str(error)[:80]}"}
@@ -258,11 +257,10 @@ def _peak_in_process(
     before = _resident("VmRSS")
     model, batch = make(case, device, dtype)
     try:
-        with untouched(model, trainable(model)):
-            kept = method == "plain"
-            run = plain(model, batch, keep=True) if kept else METHODS[method](model, batch)
-            run()
-            run()
+        kept = method == "plain"
+        run = plain(model, batch, keep=True) if kept else METHODS[method](model, batch)
+        run()
+        run()
     except Exception:
         sender.send(None)
         return

@@ -396,23 +396,23 @@ def test_a_batch_that_does_not_tell_leaves_the_question_open(tmp_path: Path) -> 
 # ---- Changes during a run ----
 
 
-class AtStep(TrainerCallback):
-    """Calls ``change`` with the model at the end of the first step."""
+class AtSteps(TrainerCallback):
+    """Calls ``change`` with the model at the end of the first steps."""
 
-    def __init__(self, change: Callable[[nn.Module], None]) -> None:
-        self.change = change
+    def __init__(self, change: Callable[[nn.Module], None], steps: int = 1) -> None:
+        self.change, self.steps = change, steps
 
     def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        if args[1].global_step == 1:
+        if args[1].global_step <= self.steps:
             self.change(model)
 
 
 def test_a_layer_that_is_unfrozen_during_a_run_is_protected(tmp_path: Path) -> None:
     recorder = GradientRecorder()
-    change = AtStep(lambda model: model.lm_head.requires_grad_(True))
+    change = AtSteps(lambda model: model.lm_head.requires_grad_(True))
     trainer = ewc_trainer("llama", arguments(tmp_path), 4, callbacks=[recorder, change])
     without = GradientRecorder()
-    change = AtStep(lambda model: model.lm_head.requires_grad_(True))
+    change = AtSteps(lambda model: model.lm_head.requires_grad_(True))
     plain = plain_trainer("llama", arguments(tmp_path), 4, callbacks=[without, change])
     for each in (plain, trainer):
         each.model.lm_head.requires_grad_(False)
@@ -423,17 +423,17 @@ def test_a_layer_that_is_unfrozen_during_a_run_is_protected(tmp_path: Path) -> N
 
 
 def test_a_lambda_that_a_callback_changes_is_taken_up(tmp_path: Path) -> None:
-    trainer = ewc_trainer("llama", arguments(tmp_path), 4, ewc_config=EWCConfig(ewc_lambda=LAMBDA))
-    config = trainer.ewc_config
+    config = EWCConfig(ewc_lambda=LAMBDA)
+    trainer = ewc_trainer("llama", arguments(tmp_path), 6, ewc_config=config)
 
     def double(_: nn.Module) -> None:
-        config.ewc_lambda = 2 * LAMBDA
+        config.ewc_lambda *= 2
 
-    trainer.add_callback(AtStep(double))
+    trainer.add_callback(AtSteps(double, steps=2))
     trainer.train()
     logged = [e["ewc_penalty"] for e in trainer.state.log_history if "ewc_penalty" in e]
-    assert logged[1] == pytest.approx(2 * logged[0], rel=1e-5)
-    assert trainer.ewc_penalty() == pytest.approx(expected_penalty(trainer, 2 * LAMBDA), rel=1e-5)
+    assert logged == pytest.approx([logged[0], 2 * logged[0], 4 * logged[0]], rel=1e-5)
+    assert trainer.ewc_penalty() == pytest.approx(expected_penalty(trainer, 4 * LAMBDA), rel=1e-5)
     trainer.ewc_config.ewc_lambda = -1.0
     with pytest.raises(ValueError, match="ewc_lambda is -1"):
         trainer.ewc_penalty()
