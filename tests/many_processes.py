@@ -43,6 +43,18 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
     }
 
 
+def changes_of(case: str) -> dict[str, Any]:
+    """The arguments that make a case."""
+    if case.startswith("zero"):
+        return {"deepspeed": deepspeed_config(int(case[-1])), "ddp_find_unused_parameters": None}
+    if case == "ddp_static":  # torch's static graph takes no accumulation, plainly either
+        return {"ddp_static_graph": True, "gradient_accumulation_steps": 1}
+    if case.startswith("ddp_checkpoint"):
+        kind = {"use_reentrant": case == "ddp_checkpoint_reentrant"}
+        return {"activation_checkpointing": True, "activation_checkpointing_kwargs": kind}
+    return {}
+
+
 def make_model(case: str, folder: Path) -> nn.Module:
     kind = "unused" if case == "ddp_unused" else "llama"
     if case != "fsdp2":
@@ -79,18 +91,18 @@ class FinalWeights(TrainerCallback):
 
 
 def train(case: str, folder: Path, **options: Any) -> tuple[dict[str, Tensor], Trainer]:
-    changes: dict[str, Any] = {"ddp_find_unused_parameters": case == "ddp_unused"}
-    if case.startswith("zero"):
-        changes = {"deepspeed": deepspeed_config(int(case[-1]))}
     args = arguments(
         folder,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_steps=1,
-        eval_on_start=case == "fsdp2",
-        gradient_accumulation_steps=ACCUMULATION,
-        **changes,
+        **{
+            "learning_rate": RATE,
+            "lr_scheduler_type": "constant",
+            "optim": "sgd",
+            "max_steps": 1,
+            "eval_on_start": case == "fsdp2",
+            "gradient_accumulation_steps": ACCUMULATION,
+            "ddp_find_unused_parameters": case == "ddp_unused",
+            **changes_of(case),
+        },
     )
     final = FinalWeights()
     kind = "unused" if case == "ddp_unused" else "llama"

@@ -9,8 +9,10 @@ import pytest
 
 from tests.torchrun import torchrun
 
+DDP = ["ddp", "ddp_unused", "ddp_static", "ddp_checkpoint", "ddp_checkpoint_reentrant"]
 
-@pytest.mark.parametrize("case", ["ddp", "ddp_unused", "fsdp2", "zero1", "zero2", "zero3"])
+
+@pytest.mark.parametrize("case", [*DDP, "fsdp2", "zero1", "zero2", "zero3"])
 def test_the_penalty_is_exact_and_logged_once(case: str, tmp_path: Path) -> None:
     done = torchrun(2, "tests.many_processes", case, str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
