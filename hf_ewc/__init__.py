@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 _MODULES = {
     "AccuracyMatrix": "metrics",
     "EWCConfig": "config",
-    "EWCMixin": "trainer",
-    "EWCSeq2SeqTrainer": "trainer",
-    "EWCState": "state",
-    "EWCTrainer": "trainer",
-    "Fisher": "fisher.diagonal",
-    "Task": "task",
+    "EWCMixin": "training.trainer",
+    "EWCSeq2SeqTrainer": "training.trainer",
+    "EWCState": "state.ewc_state",
+    "EWCTrainer": "training.trainer",
+    "Fisher": "importance",
+    "Task": "tasks.task",
     "estimate_fisher": "fisher",
-    "run_tasks": "tasks",
+    "run_tasks": "tasks.runner",
 }
 
 __all__ = [
@@ -37,12 +37,12 @@ __all__ = [
 if TYPE_CHECKING:
     from hf_ewc.config import EWCConfig
     from hf_ewc.fisher import estimate_fisher
-    from hf_ewc.fisher.diagonal import Fisher
+    from hf_ewc.importance import Fisher
     from hf_ewc.metrics import AccuracyMatrix
-    from hf_ewc.state import EWCState
-    from hf_ewc.task import Task
-    from hf_ewc.tasks import run_tasks
-    from hf_ewc.trainer import EWCMixin, EWCSeq2SeqTrainer, EWCTrainer
+    from hf_ewc.state.ewc_state import EWCState
+    from hf_ewc.tasks.runner import run_tasks
+    from hf_ewc.tasks.task import Task
+    from hf_ewc.training.trainer import EWCMixin, EWCSeq2SeqTrainer, EWCTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
-from hf_ewc.naming import ALL_LINEAR, compiled_regex, is_regex, layer_lambdas
+from hf_ewc.parameters.selection import ALL_LINEAR, compiled_regex, is_regex, layer_lambdas
 
 MODES = ("online", "separate")
 STATE_DTYPES = ("float32", "bfloat16", "float16")

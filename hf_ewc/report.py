@@ -18,7 +18,6 @@ from hf_ewc.metrics import AccuracyMatrix, Array
 
 # Several methods, each with one matrix per repetition (seed), all over the same tasks.
 Runs = Mapping[str, Sequence[AccuracyMatrix]]
-
 LABELS = {
     "average_accuracy": "average accuracy (ACC)",
     "backward_transfer": "backward transfer (BWT)",

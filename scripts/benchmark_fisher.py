@@ -31,9 +31,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from hf_ewc.fisher.engine import OneBackward, OneByOne
-from hf_ewc.fisher.examples import ExampleBatch
-from hf_ewc.fisher.outputs import LabelReader
+from hf_ewc.fisher.engine.one_backward import OneBackward
+from hf_ewc.fisher.engine.one_by_one import OneByOne
+from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.likelihood.outputs import LabelReader
 
 Batch = dict[str, Tensor]
 Pass = Callable[[], dict[str, Tensor] | None]

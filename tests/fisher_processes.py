@@ -33,9 +33,9 @@ from torch.utils.data import DataLoader
 from transformers import MixtralConfig, MixtralForCausalLM, default_data_collator, set_seed
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Fisher, estimate_fisher
-from hf_ewc.fisher import shards
-from hf_ewc.penalty import Penalty
+from hf_ewc.fisher.sharded import ledger
 from hf_ewc.processes import leave
+from hf_ewc.training.penalty import Penalty
 from tests.many_processes import deepspeed_config
 from tests.models import VOCAB, Examples, bert, gpt2, llama
 from tests.training import arguments
@@ -237,14 +237,14 @@ def left_behind(model: nn.Module) -> list[Any]:
 def _watch_flushes() -> list[int]:
     """Elements of whole sums that are held whenever some are flushed, appended as it happens."""
     held: list[int] = []
-    flush = shards.ShardedLedger._flush
+    flush = ledger.ShardedLedger._flush
 
     def watched(ledger: Any, names: Any) -> None:
         totals = [account.total for account in ledger._accounts.values()]
         held.append(sum(total.numel() for total in totals if total is not None))
         flush(ledger, names)
 
-    shards.ShardedLedger._flush = watched  # type: ignore[method-assign]
+    ledger.ShardedLedger._flush = watched  # type: ignore[method-assign]
     return held
 
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
-from hf_ewc import checkpoints
 from hf_ewc.config import EWCConfig
-from hf_ewc.state import EWCState
-from hf_ewc.trainer import EWCTrainer
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training import checkpoints
+from hf_ewc.training.trainer import EWCTrainer
 from tests.models import Examples, bert, random_quadratic
 from tests.training import arguments
 

@@ -21,8 +21,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.processes import leave
-from hf_ewc.state import EWCState
-from hf_ewc.trainer import EWCTrainer
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training.trainer import EWCTrainer
 from tests.models import MODELS, Examples, random_quadratic
 from tests.training import LAMBDA, arguments, in_order
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_ewc.blueprint import Blueprint
-from hf_ewc.naming import class_name
+from hf_ewc.parameters.names import class_name
+from hf_ewc.tasks.blueprint import Blueprint
 from tests.models import gpt2
 
 

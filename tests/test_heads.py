@@ -15,7 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_ewc.heads import MASKED, ClassMask, classification_heads
+from hf_ewc.tasks.class_mask import MASKED, ClassMask, classification_heads
 
 SIZES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 TEXT = {

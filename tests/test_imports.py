@@ -1,4 +1,4 @@
-"""Modules depend one way: Fisher, state, penalty, trainer, tasks; metrics and report on none."""
+"""Modules depend one way, file by file; metrics and report on nothing that knows of torch."""
 
 import ast
 import subprocess
@@ -9,77 +9,108 @@ import hf_ewc
 
 PACKAGE = Path(hf_ewc.__file__).parent
 
-# What a module must not reach, directly or through others.
-FORBIDDEN = {
-    "fisher": {"state", "penalty", "config", "trainer", "tasks", "metrics", "report"},
-    "state": {"penalty", "config", "trainer", "tasks", "metrics", "report"},
-    "penalty": {"config", "trainer", "tasks", "metrics", "report"},
-    "config": {"fisher", "state", "penalty", "trainer", "tasks", "metrics", "report"},
-    "trainer": {"tasks", "metrics", "report"},
+# Each wing may use those before it. Fisher and state do not know each other.
+WINGS = ("parameters", "importance", "fisher", "state", "training", "tasks", "cli")
+STRANGERS = [("fisher", "state"), ("state", "fisher")]
+# The ground floor: what every wing may use, and what it may use itself.
+GROUND_FLOOR = {
+    "config": {"parameters"},
+    "files": set(),
+    "metrics": set(),
+    "processes": set(),
+    "report": {"metrics", "files"},
 }
-# All that these may reach: they know nothing of models.
-ALLOWED = {"metrics": set(), "report": {"metrics", "files"}, "files": set()}
 
 
-def dependencies():
-    """For each module of the package (a subpackage counts as one), the modules that it imports."""
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts == ("__init__",):
+def module_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path):
+    """The modules of the package that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: the package imports by absolute names"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) else node.module for name in inside]
+        else:
             continue
-        edges = found.setdefault(parts[0], set())
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            edges |= {name.split(".")[0] for name in imported(node)} - {parts[0]}
+        found |= {name.removeprefix("hf_ewc.") for name in names if name.startswith("hf_ewc.")}
     return found
 
 
-def imported(node):
-    """The names below `hf_ewc` that an import statement reads from."""
-    if isinstance(node, ast.Import):
-        return [a.name.removeprefix("hf_ewc.") for a in node.names if a.name.startswith("hf_ewc.")]
-    if not isinstance(node, ast.ImportFrom):
-        return []
-    assert node.level == 0, "the package imports by absolute names"
-    if node.module == "hf_ewc":
-        return [alias.name for alias in node.names]
-    if (node.module or "").startswith("hf_ewc."):
-        return [node.module.removeprefix("hf_ewc.")]
-    return []
+def is_module(name):
+    return name.removeprefix("hf_ewc.") in MODULES
 
 
-def reachable(graph, start):
+def graph():
+    return {name: imports(path) for name, path in MODULES.items() if name}
+
+
+def reachable(edges, start):
     seen, todo = set(), [start]
     while todo:
-        for name in graph[todo.pop()] - seen:
+        for name in edges[todo.pop()] - seen:
             seen.add(name)
             todo.append(name)
     return seen
 
 
-def test_there_is_no_circle():
-    graph = dependencies()
-    assert [name for name in graph if name in reachable(graph, name)] == []
+def wing(name):
+    return name.split(".")[0]
 
 
-def test_the_direction():
-    graph = dependencies()
-    for name, forbidden in FORBIDDEN.items():
-        assert reachable(graph, name) & forbidden == set(), name
-    for name, allowed in ALLOWED.items():
-        assert reachable(graph, name) <= allowed, name
+def test_every_import_is_of_a_module_that_is_there():
+    for name, imported in graph().items():
+        assert imported <= MODULES.keys(), name
+
+
+def test_there_is_no_circle_of_files():
+    edges = graph()
+    assert [name for name in edges if name in reachable(edges, name)] == []
+
+
+def test_every_module_is_in_a_wing_or_on_the_ground_floor():
+    assert {wing(name) for name in graph()} <= {*WINGS, *GROUND_FLOOR}
+
+
+def test_wings_use_those_before_them():
+    for name, imported in graph().items():
+        own = wing(name)
+        if own not in WINGS:
+            continue
+        for other in {wing(one) for one in imported} - {own, *GROUND_FLOOR}:
+            assert WINGS.index(other) < WINGS.index(own), f"{name} imports from {other}"
+            assert (own, other) not in STRANGERS, f"{name} imports from {other}"
+
+
+def test_the_ground_floor_stands_on_itself():
+    edges = graph()
+    for name, allowed in GROUND_FLOOR.items():
+        assert {wing(one) for one in reachable(edges, name)} <= allowed, name
 
 
 def test_metrics_and_report_need_no_torch():
     check = "import sys, hf_ewc.metrics, hf_ewc.report; print('torch' in sys.modules)"
-    output = subprocess.run(
-        [sys.executable, "-c", check],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=PACKAGE.parent,
-    )
-    assert output.stdout.strip() == "False"
+    assert printed_by(check) == "False"
+
+
+def test_a_state_loads_no_estimator():
+    check = "import sys, hf_ewc.state; print(any('hf_ewc.fisher' in name for name in sys.modules))"
+    assert printed_by(check) == "False"
+
+
+def printed_by(code):
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return run.stdout.strip()
 
 
 def test_every_public_name_is_there():

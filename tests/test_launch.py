@@ -21,12 +21,12 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers.trainer_optimizer import LayerWiseDummyOptimizer
 
-from hf_ewc import checkpoints
-from hf_ewc import state as state_module
 from hf_ewc.config import EWCConfig
 from hf_ewc.processes import check_launch
-from hf_ewc.state import EWCState
-from hf_ewc.trainer import EWCTrainer
+from hf_ewc.state import ewc_state
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training import checkpoints
+from hf_ewc.training.trainer import EWCTrainer
 from tests.models import Examples, bert, random_quadratic
 from tests.training import arguments, ewc_trainer
 
@@ -263,7 +263,7 @@ def test_processes_that_would_resume_different_checkpoints(
 
 def test_only_the_main_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = EWCState(*random_quadratic(bert()))
-    monkeypatch.setattr(state_module, "is_main", lambda: False)
+    monkeypatch.setattr(ewc_state, "is_main", lambda: False)
     state.save_pretrained(tmp_path / "others")
     assert not (tmp_path / "others").exists()
     assert state.push_to_hub("me/digits") is None  # without a word to the Hub

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_ewc.naming import layer_lambdas, parameters_by_name, select_parameters, unwrap
+from hf_ewc.parameters.names import parameters_by_name, unwrap
+from hf_ewc.parameters.selection import layer_lambdas, select_parameters
 
 
 def bert() -> BertForSequenceClassification:

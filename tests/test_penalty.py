@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_ewc import quadratic
-from hf_ewc.penalty import Penalty
-from hf_ewc.quadratic import Piece, value_and_gradient
-from hf_ewc.state import EWCState
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training import fused
+from hf_ewc.training.fused import Piece, value_and_gradient
+from hf_ewc.training.penalty import Penalty
 from tests.models import random_quadratic
 
 
@@ -124,8 +124,8 @@ def test_a_packed_state_acts_as_the_dense_tensors_it_reads_as(
 
 def use_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the foreach kernels of accelerators on the CPU too, in small groups."""
-    monkeypatch.setattr(quadratic, "_on_host", lambda device: False)
-    monkeypatch.setattr(quadratic, "DEVICE_BLOCK", 50_000)
+    monkeypatch.setattr(fused, "_on_host", lambda device: False)
+    monkeypatch.setattr(fused, "DEVICE_BLOCK", 50_000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -203,9 +203,9 @@ def test_a_dense_pass_needs_scratch_space_of_two_blocks_only(
         return tensor
 
     monkeypatch.setattr(torch, "empty", counting)
-    big = torch.randn(40 * quadratic.CACHE_BLOCK)
+    big = torch.randn(40 * fused.CACHE_BLOCK)
     value_and_gradient([Piece(big, big, torch.zeros_like(big), torch.zeros_like(big))])
-    assert sum(made) == 2 * quadratic.CACHE_BLOCK
+    assert sum(made) == 2 * fused.CACHE_BLOCK
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

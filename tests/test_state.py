@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_ewc import EWCState, Fisher
-from hf_ewc.naming import parameters_by_name
+from hf_ewc.parameters.names import parameters_by_name
 
 Named = dict[str, Tensor]
 

@@ -19,8 +19,9 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
-from hf_ewc import EWCState, Fisher, hub, storage
-from hf_ewc.state import TaskRecord
+from hf_ewc import EWCState, Fisher
+from hf_ewc.state import hub, storage
+from hf_ewc.state.ewc_state import TaskRecord
 
 RECORD = TaskRecord("digits | 1", 200, "exact", 0.5, "2026-11-24T03:00:00+00:00")
 
@@ -270,7 +271,7 @@ def test_files_that_are_whole_but_wrong_are_refused(tmp_path, change):
     elif change == "kind":
         document["parameters"] = ["scale"]
     storage.save_file(tensors, tmp_path / "changed")
-    digest = storage._sha256(tmp_path / "changed")
+    digest = files.sha256(tmp_path / "changed")
     document["tensors"] = {"file": f"ewc_state-{digest[:16]}.safetensors", "sha256": digest}
     shutil.move(tmp_path / "changed", tmp_path / document["tensors"]["file"])
     if change == "file":
@@ -304,7 +305,7 @@ def test_reading_while_another_process_saves(tmp_path, monkeypatch):
 # Processes that are killed
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["hf_ewc.state", "test_storage"])
+FORK.set_forkserver_preload(["hf_ewc.state.ewc_state", "test_storage"])
 
 
 def save_for_ever(folder: Path, ready) -> None:

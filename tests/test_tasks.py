@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from hf_ewc import EWCConfig, EWCState, Task, run_tasks
-from hf_ewc.labels import accuracy, guess_scenario, labels_of
+from hf_ewc.tasks.evaluation import accuracy
+from hf_ewc.tasks.scenario import guess_scenario, labels_of
 
 SIZES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_ewc.config import EWCConfig
-from hf_ewc.loss_scaling import correct_loss_scaling
-from hf_ewc.state import EWCState, TaskRecord
-from hf_ewc.trainer import EWCTrainer
+from hf_ewc.state.ewc_state import EWCState, TaskRecord
+from hf_ewc.training.loss_scaling import correct_loss_scaling
+from hf_ewc.training.trainer import EWCTrainer
 from tests.models import MODELS, Examples, random_quadratic
 from tests.training import (
     LAMBDA,

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from hf_ewc import checkpoints
 from hf_ewc.config import EWCConfig
-from hf_ewc.refusals import check_supported
-from hf_ewc.state import EWCState
-from hf_ewc.trainer import EWCSeq2SeqTrainer, EWCTrainer
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training import checkpoints
+from hf_ewc.training.refusals import check_supported
+from hf_ewc.training.trainer import EWCSeq2SeqTrainer, EWCTrainer
 from tests.models import MODELS, Examples, bert, random_quadratic
 from tests.training import arguments, ewc_trainer
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_ewc.config import EWCConfig
-from hf_ewc.state import EWCState
-from hf_ewc.trainer import EWCTrainer
-from hf_ewc.training_log import PenaltyLog, layer_group
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training.penalty_log import PenaltyLog, layer_group
+from hf_ewc.training.trainer import EWCTrainer
 from tests.models import MODELS, Examples, random_quadratic
 from tests.training import LAMBDA, arguments, ewc_trainer, expected_penalty, plain_trainer
 

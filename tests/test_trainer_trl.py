@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_ewc.config import EWCConfig
-from hf_ewc.state import EWCState
-from hf_ewc.trainer import EWCMixin
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training.trainer import EWCMixin
 from tests.models import VOCAB, llama, random_quadratic
 from tests.training import (
     LAMBDA,

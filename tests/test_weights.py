@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_ewc import EWCTrainer
-from hf_ewc.weights import load_converted, needs_conversion
+from hf_ewc.training.converted_weights import load_converted, needs_conversion
 
 SIZES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 IMAGES = dict(image_size=4, patch_size=2, num_channels=1)
@@ -76,7 +76,7 @@ def test_shards_are_loaded_as_well(tmp_path):
 
 
 def test_the_plain_trainer_still_needs_this(tmp_path):
-    """Should this fail, transformers has mended issue 48805 and `hf_ewc.weights` can go."""
+    """Should this fail, transformers has mended issue 48805 and `converted_weights` can go."""
     model = RENAMED["vit"]()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path)

@@ -11,8 +11,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_ewc.config import EWCConfig
-from hf_ewc.state import EWCState
-from hf_ewc.trainer import EWCTrainer
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training.trainer import EWCTrainer
 from tests.models import MODELS, Examples, random_quadratic
 
 LAMBDA = 3.0

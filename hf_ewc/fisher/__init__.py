@@ -1,6 +1,5 @@
-"""The Fisher information: exact per example, in about one backward pass."""
+"""The diagonal Fisher information of a model on a data set."""
 
-from hf_ewc.fisher.diagonal import Fisher
 from hf_ewc.fisher.estimate import estimate_fisher
 
-__all__ = ["Fisher", "estimate_fisher"]
+__all__ = ["estimate_fisher"]

@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_ewc import sharding
-from hf_ewc.fisher.diagonal import FISHER_TYPES, Fisher
-from hf_ewc.fisher.examples import Collator
+from hf_ewc.fisher.examples.batch import Collator
+from hf_ewc.fisher.examples.sources import Request, Source, source_of
 from hf_ewc.fisher.run import LogLikelihood, Plan, Run, warn_of_slowness
-from hf_ewc.fisher.sharded import ShardedRun, is_sharded
-from hf_ewc.fisher.sources import Request, Source, source_of
+from hf_ewc.fisher.sharded.run import ShardedRun, is_sharded
 from hf_ewc.fisher.team import Team
 from hf_ewc.fisher.untouched import preserved_random_states, untouched
-from hf_ewc.naming import canonical_name, parameters_by_name, unwrap
+from hf_ewc.importance import FISHER_TYPES, Fisher
+from hf_ewc.parameters import sharding
+from hf_ewc.parameters.names import canonical_name, parameters_by_name, unwrap
 
 # Scores of fp16 models are scaled up so that small gradients do not underflow, and no further, so
 # that those of long sequences do not overflow.

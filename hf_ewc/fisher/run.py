@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from hf_ewc.fisher.engine import (
-    BatchGradient,
-    Comparison,
-    Engine,
-    OneBackward,
-    OneByOne,
-    UncoveredUse,
-    compare,
-)
-from hf_ewc.fisher.examples import ExampleBatch, uniforms
-from hf_ewc.fisher.likelihood import IGNORED, Bernoulli, Categorical, Distribution, Gaussian, Joint
-from hf_ewc.fisher.outputs import LabelReader, require_labels
-from hf_ewc.fisher.sources import Source
+from hf_ewc.fisher.engine.one_backward import OneBackward
+from hf_ewc.fisher.engine.one_by_one import BatchGradient, OneByOne
+from hf_ewc.fisher.engine.protocol import Engine, UncoveredUse
+from hf_ewc.fisher.engine.verification import Comparison, compare
+from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.examples.choice import uniforms
+from hf_ewc.fisher.examples.sources import Source
+from hf_ewc.fisher.labels import require_labels
+from hf_ewc.fisher.likelihood.distributions import Distribution, of_first_example, without_padding
+from hf_ewc.fisher.likelihood.outputs import LabelReader
 from hf_ewc.fisher.team import Team
 
 # `auto` takes the exact expectation up to this many backward passes, and samples above.
 MAX_EXACT_PASSES = 9
-
 # The batches, counted from 0, at which parameters without a gradient so far are looked at again.
 _LATER_PROOFS = (1, 3, 7)
-
 LogLikelihood = Callable[[nn.Module, dict[str, Any]], Tensor]
 # Shows how far the batches have come.
 ProgressBar = Callable[[Iterable[Any]], Iterable[Any]]
@@ -112,7 +107,7 @@ class Run:
         """By the very first example, so that it does not depend on the size of the batches."""
         if self.fisher_type != "auto":
             return self.fisher_type
-        few = _of_first_example(distribution).num_exact_passes <= MAX_EXACT_PASSES
+        few = of_first_example(distribution).num_exact_passes <= MAX_EXACT_PASSES
         return "exact" if few else "sampled"
 
     def add(self, batch: ExampleBatch) -> None:
@@ -198,7 +193,7 @@ class Run:
             return
         distribution = self._reader.distribution(batch.inputs)
         if batch.padding:
-            distribution = _without_padding(distribution, kept)
+            distribution = without_padding(distribution, kept)
         self.num_examples += int((distribution.labelled & kept).sum())
         self.fisher_type = self._settled_type(distribution)
         for objective in self._passes(distribution, batch.ids):
@@ -230,41 +225,6 @@ def warn_of_slowness(reason: str, stacklevel: int) -> None:
         f"The one-backward Fisher {reason} Examples are run one by one, which is exact and slower.",
         stacklevel=stacklevel + 1,
     )
-
-
-def scores(distribution: Distribution) -> Tensor:
-    """An output of the model that carries its graph."""
-    if isinstance(distribution, Joint):
-        return scores(distribution.parts[0])
-    if isinstance(distribution, Gaussian):
-        return distribution.means
-    if isinstance(distribution, (Categorical, Bernoulli)):
-        return distribution.logits
-    raise TypeError(f"{type(distribution).__name__} is no distribution that is known here.")
-
-
-def _of_first_example(distribution: Distribution) -> Distribution:
-    if isinstance(distribution, Joint):
-        return Joint([_of_first_example(part) for part in distribution.parts])
-    if isinstance(distribution, Categorical):
-        return Categorical(distribution.logits[:1], distribution.labels[:1])
-    return distribution
-
-
-def _without_padding(distribution: Distribution, kept: Tensor) -> Distribution:
-    """No gradient, and for classes no label, of the examples that are not `kept`, (B,) bool."""
-    if isinstance(distribution, Joint):
-        return Joint([_without_padding(part, kept) for part in distribution.parts])
-    if isinstance(distribution, Categorical):
-        labels = distribution.labels.masked_fill(~kept.unsqueeze(1), IGNORED)
-        return replace(distribution, labels=labels)
-    outputs = scores(distribution)
-    cut = torch.where(kept.unsqueeze(1), outputs, outputs.detach())
-    if isinstance(distribution, Gaussian):
-        return replace(distribution, means=cut)
-    if isinstance(distribution, Bernoulli):
-        return replace(distribution, logits=cut)
-    return distribution
 
 
 def _checked_objective(objective: Tensor, batch: ExampleBatch) -> Tensor:

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ewc.fisher.interception import Interception
 from hf_ewc.fisher.operations.elementwise import batched
 from hf_ewc.fisher.operations.linear import times_weight
 from hf_ewc.fisher.operations.registry import covers
-from hf_ewc.fisher.rows import Uncovered
+from hf_ewc.fisher.uses.rows import Uncovered
+from hf_ewc.fisher.uses.tracking import Interception
 
 
 @covers("einsum")

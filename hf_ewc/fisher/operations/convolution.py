@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.interception import Interception
-from hf_ewc.fisher.ledger import Site
 from hf_ewc.fisher.operations.linear import linear
 from hf_ewc.fisher.operations.registry import argument, covers, detached, open_if_used, unviewed
-from hf_ewc.fisher.parts import DensePart, Part
-from hf_ewc.fisher.rows import Uncovered
+from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.parts import DensePart, Part
+from hf_ewc.fisher.uses.rows import Uncovered
+from hf_ewc.fisher.uses.tracking import Interception
 
 
 class _Convolution(torch.autograd.Function):

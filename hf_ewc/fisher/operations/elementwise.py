@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.interception import Interception
-from hf_ewc.fisher.ledger import Site
 from hf_ewc.fisher.operations.registry import argument, covers
-from hf_ewc.fisher.parts import DensePart, LookupPart, RowPart
-from hf_ewc.fisher.rows import Uncovered
+from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.parts import DensePart, LookupPart, RowPart
+from hf_ewc.fisher.uses.rows import Uncovered
+from hf_ewc.fisher.uses.tracking import Interception
 
 
 class _Expand(torch.autograd.Function):

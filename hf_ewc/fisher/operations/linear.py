@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ewc.fisher.interception import Interception
-from hf_ewc.fisher.ledger import Site
 from hf_ewc.fisher.operations.elementwise import batched
 from hf_ewc.fisher.operations.registry import (
     argument,
@@ -25,8 +23,10 @@ from hf_ewc.fisher.operations.registry import (
     sum_rows_by_example,
     unviewed,
 )
-from hf_ewc.fisher.parts import DensePart, LinearPart, RaggedPart
-from hf_ewc.fisher.rows import Uncovered
+from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.parts import DensePart, LinearPart, RaggedPart
+from hf_ewc.fisher.uses.rows import Uncovered
+from hf_ewc.fisher.uses.tracking import Interception
 
 
 class _Linear(torch.autograd.Function):

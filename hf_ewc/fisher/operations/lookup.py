@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ewc.fisher.interception import Interception
-from hf_ewc.fisher.ledger import Site
 from hf_ewc.fisher.operations.registry import argument, covers, unviewed
-from hf_ewc.fisher.parts import LookupPart, RowLookupPart
-from hf_ewc.fisher.rows import Uncovered
+from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.parts import LookupPart, RowLookupPart
+from hf_ewc.fisher.uses.rows import Uncovered
+from hf_ewc.fisher.uses.tracking import Interception
 
 
 class _Lookup(torch.autograd.Function):

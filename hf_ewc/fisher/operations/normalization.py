@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ewc.fisher.interception import Interception
-from hf_ewc.fisher.ledger import Site
 from hf_ewc.fisher.operations.elementwise import add, multiply
 from hf_ewc.fisher.operations.registry import argument, covers, detached, open_if_used
-from hf_ewc.fisher.parts import DensePart
-from hf_ewc.fisher.rows import Uncovered
+from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.parts import DensePart
+from hf_ewc.fisher.uses.rows import Uncovered
+from hf_ewc.fisher.uses.tracking import Interception
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.interception import Interception
-from hf_ewc.fisher.ledger import Site
+from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.tracking import Interception
 
 # Called in place of func(*args, **kwargs): returns the same output, with the uses of selected
 # parameters cut from the graph and opened in the ledger; raises `Uncovered` where it cannot.
 Handler = Callable[[Interception, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-
 _HANDLERS: dict[str, Handler] = {}
 
 

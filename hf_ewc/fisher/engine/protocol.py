@@ -1,0 +1,25 @@
+"""What an engine is: batches in, sums of squared per-example gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from hf_ewc.fisher.examples.batch import ExampleBatch
+
+# Runs the forward on a batch and yields the objectives to backpropagate, one after another.
+Objectives = Callable[[ExampleBatch], Iterator[Tensor]]
+
+
+class UncoveredUse(Exception):
+    """A parameter is used in a way that the one-backward engine does not account for."""
+
+
+class Engine(Protocol):
+    """Adds Σ_n G_n² of a batch to totals by parameter name."""
+
+    def add(self, batch: ExampleBatch, objectives: Objectives) -> None: ...
+
+    def totals(self) -> dict[str, Tensor]: ...

@@ -1,0 +1,1 @@
+"""Examples: which are chosen, where they come from, how a batch is taken apart."""

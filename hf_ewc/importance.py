@@ -1,0 +1,74 @@
+"""The diagonal Fisher information as a plain value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ewc.parameters.sharding import local_part
+
+FISHER_TYPES = ("exact", "sampled", "empirical", "batched")
+
+
+@dataclass(frozen=True, eq=False)
+class Fisher:
+    """The diagonal Fisher information of a model on one data set.
+
+    F_i = (1/N) Σ_n E_y[(∂ log p(y | x_n, θ) / ∂θ_i)²]   (Kirkpatrick et al. 2017, arXiv 1612.00796;
+    the variants of the expectation over y: van de Ven 2025, arXiv 2502.11756)
+
+    Args:
+        diagonal: F by parameter name, each shaped as its parameter, fp32, a mean over examples;
+            DTensors where the parameters are.
+        num_examples: N, the examples that were counted (those with at least one labelled position).
+        fisher_type: how the expectation was taken: "exact", "sampled", "empirical" or "batched".
+
+    Raises:
+        ValueError: an entry is below zero or not finite, N is below 1, the type is unknown.
+        TypeError: an entry is not a floating-point tensor.
+    """
+
+    diagonal: Mapping[str, Tensor]
+    num_examples: int = 1
+    fisher_type: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.fisher_type not in FISHER_TYPES:
+            raise ValueError(
+                f"fisher_type is {self.fisher_type!r}; allowed are {', '.join(FISHER_TYPES)}."
+            )
+        if not isinstance(self.num_examples, int) or self.num_examples < 1:
+            raise ValueError(
+                f"num_examples is {self.num_examples!r}; it must be at least one example."
+            )
+        checked = {name: _checked(name, value) for name, value in self.diagonal.items()}
+        object.__setattr__(self, "diagonal", checked)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fisher):
+            return NotImplemented
+        return (
+            (self.num_examples, self.fisher_type) == (other.num_examples, other.fisher_type)
+            and self.diagonal.keys() == other.diagonal.keys()
+            and all(torch.equal(f, other.diagonal[name]) for name, f in self.diagonal.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _checked(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"Fisher of {name!r} must be a floating-point tensor, got {value!r:.80}.")
+    value = value.detach()
+    local = local_part(value).float()
+    low, high = local.aminmax() if local.numel() else (torch.zeros(()), torch.zeros(()))
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError(f"Fisher of {name!r} has values that are not finite; check the estimate.")
+    if low < 0:
+        raise ValueError(
+            f"Fisher of {name!r} holds {low.item():.3g}; a mean of squares is never below 0."
+        )
+    return value.float()

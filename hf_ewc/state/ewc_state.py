@@ -1,0 +1,458 @@
+"""The state that is carried from task to task: one quadratic that stands for all tasks so far."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc.importance import Fisher
+from hf_ewc.parameters import sharding
+from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name
+from hf_ewc.parameters.selection import names_in
+from hf_ewc.processes import is_main_process as is_main
+from hf_ewc.state import card, fingerprint, hub, packing, storage
+from hf_ewc.state.compatibility import advice, misfits, refuse_misfits, validate
+from hf_ewc.state.packing import PackedTensor, TensorMap, as_map, held, state_dtype
+from hf_ewc.state.quadratic import check_arguments, combined, half_square
+
+Parameters = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What is known of one consolidated task.
+
+    Args:
+        name: the task's name.
+        num_examples: examples that its Fisher was estimated on.
+        fisher_type: "exact", "sampled", "empirical" or "batched".
+        weight: w, by which its Fisher was multiplied.
+        date: when it was consolidated, ISO 8601 in UTC.
+    """
+
+    name: str
+    num_examples: int
+    fisher_type: str
+    weight: float
+    date: str
+
+
+@dataclass(frozen=True)
+class EWCState:
+    """Importance A, anchor c and offset of ½ Σ_i A_i (θ_i − c_i)² + offset, an immutable value.
+
+    One such quadratic stands exactly for the sum of the penalties ½ Σ_k w_k F_k (θ − θ*_k)² of any
+    number of tasks (`consolidate`). `EWCState()` is the empty state, whose penalty is 0.
+
+    Args:
+        importance: A by parameter name, at least 0, read in fp32; tensors given are copied.
+        anchor: c by parameter name, shaped as A, held in its own dtype, read in fp32 or fp64.
+        offsets: the constant by parameter name, 0 where none is given.
+        tasks: what was consolidated, in order.
+        metadata: further facts, as JSON would hold them, such as the fingerprint of the base model.
+
+    Names are those of the unwrapped model, without the parts that wrappers put in.
+
+    Raises:
+        ValueError: an importance is below 0 or not finite, an anchor is not finite, the names or
+            shapes of both differ, an offset is below 0, not finite or of an unknown name, or the
+            metadata are not JSON.
+        TypeError: an entry is not a floating-point tensor.
+    """
+
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    anchor: Mapping[str, Tensor] = field(default_factory=dict)
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    tasks: tuple[TaskRecord, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        importance = held("importance", self.importance, torch.float32)
+        anchor = held("anchor", self.anchor, None)
+        offsets = {canonical_name(name): float(value) for name, value in self.offsets.items()}
+        validate(importance, anchor, offsets)
+        values = {
+            "importance": importance,
+            "anchor": anchor,
+            "offsets": {name: offsets.get(name, 0.0) for name in importance},
+            "tasks": tuple(self.tasks),
+            "metadata": _json_copy(self.metadata),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __bool__(self) -> bool:
+        """False for the empty state, which protects nothing."""
+        return len(self.importance) > 0
+
+    @property
+    def offset(self) -> float:
+        """The constant of the quadratic: the penalty of all tasks together at the anchor."""
+        return math.fsum(self.offsets.values())
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks were consolidated."""
+        return len(self.tasks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that this process holds; sparse positions are counted once."""
+        return sum(
+            importance.nbytes + sharding.local_shard(anchor.values).nbytes
+            for importance, anchor in map(self.packed, self.importance)
+        )
+
+    def packed(self, name: str) -> tuple[PackedTensor, PackedTensor]:
+        """Importance and anchor of one parameter as they are held; sparse ones share `indices`."""
+        return as_map(self.importance).packed(name), as_map(self.anchor).packed(name)
+
+    def consolidate(
+        self,
+        fisher: Fisher,
+        parameters: Parameters,
+        *,
+        mode: str = "online",
+        gamma: float = 1.0,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> EWCState:
+        """The state after one more task with Fisher F and parameters θ*.
+
+        separate (Kirkpatrick et al. 2017, arXiv 1612.00796; the sum of all tasks' penalties):
+            A' = γA + wF,   c' = c + (wF / A')(θ* − c) where A' > 0, else θ*,
+            offset' = γ offset + ½ Σ γA (wF / A') (θ* − c)²
+        online (Schwarz et al. 2018, arXiv 1805.06370):
+            A' = γA + wF,   c' = θ*,   offset' = 0
+
+        A parameter that the state has and the Fisher lacks takes part with F = 0. As c is held in
+        fp32 (fp64 for fp64 parameters), A (θ − c) is off by up to 6e-8 |c| / |θ − c| of itself.
+
+        Args:
+            fisher: F, a mean over the task's examples.
+            parameters: θ*: the model, a mapping by name, or pairs of name and tensor, with every
+                name of the state and of the Fisher. The new tensors are copies and lie where they
+                lie, in fp32 (an anchor that is θ* in θ*'s own dtype). Of a model the fingerprint
+                is checked against the state's and recorded.
+            mode: "online" or "separate".
+            gamma: γ, decay of what the state holds, from 0 to 1.
+            weight: w ≥ 0 of this task.
+            name: of the task; by default "task_1", "task_2", ….
+
+        Raises:
+            ValueError: a value out of its range, a name missing in `parameters`, another shape, an
+                anchor that would not be finite, or another base model than before.
+        """
+        check_arguments(fisher, mode, gamma, weight, name)
+        values = _parameter_values(parameters)
+        new = {canonical_name(key): value for key, value in fisher.diagonal.items()}
+        names = list(dict.fromkeys((*self.importance, *new)))
+        refuse_misfits(
+            "The parameters do not fit the state and the Fisher",
+            misfits({name: tensor.shape for name, tensor in new.items()}, values, "the Fisher")
+            + misfits(_shapes(self.importance), values, "the state"),
+        )
+        importance, anchor, offsets = {}, {}, {}
+        for key in names:
+            old = self._quadratic(key, values[key])
+            importance[key], anchor[key], offsets[key] = combined(
+                old, new.get(key), values[key], mode, gamma, weight
+            )
+        record = TaskRecord(
+            name=f"task_{self.num_tasks + 1}" if name is None else name,
+            num_examples=fisher.num_examples,
+            fisher_type=fisher.fisher_type,
+            weight=float(weight),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        metadata = dict(self.metadata)
+        if isinstance(parameters, nn.Module):
+            self._check_fingerprint(parameters)
+            metadata["fingerprint"] = fingerprint.of_model(parameters, names)
+        return EWCState(
+            TensorMap({key: packing.dense(value) for key, value in importance.items()}),
+            TensorMap({key: packing.dense(value) for key, value in anchor.items()}),
+            offsets,
+            (*self.tasks, record),
+            metadata,
+        )
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """½ Σ_i A_i (θ_i − c_i)² + offset as a differentiable 0-dim tensor, without λ.
+
+        Computed in fp32, for fp64 parameters in fp64, on the device of the model. Under FSDP2 every
+        process has to call it, and each gets the whole sum.
+
+        Raises:
+            ValueError: the model lacks a parameter of the state or has it in another shape.
+        """
+        parameters = parameters_by_name(model)
+        self._check_names(model, values_needed=True)
+        terms = [half_square(*self.packed(name), parameters[name]) for name in self.importance]
+        if not terms:
+            device = next((p.device for p in parameters.values()), torch.device("cpu"))
+            return torch.zeros((), device=device, requires_grad=True)
+        device = terms[0].device
+        return torch.stack([term.to(device) for term in terms]).sum() + self.offset
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless this state belongs to `model`; every mismatch is named at once.
+
+        Compares names and shapes of parameters and, for a PEFT model, the kind of adapter and
+        samples of the base weights under it, as they were at the last consolidation.
+
+        Raises:
+            ValueError: a parameter is missing or has another shape, or the base model is another.
+        """
+        self._check_names(model, values_needed=False)
+        self._check_fingerprint(model)
+
+    def pack(
+        self, dtype: torch.dtype | str = torch.float32, keep_fraction: float = 1.0
+    ) -> EWCState:
+        """The same state in less memory.
+
+        The importance is held in `dtype`; in half precision with one scale per parameter, so that
+        no positive importance becomes 0. The anchor keeps its precision. With `keep_fraction` below
+        1 only the largest ⌈share · entries⌉ importances of the whole state are kept (those that are
+        0 never), with their anchors, as sparse tensors; all others are unprotected from then on.
+        A parameter of which so much is kept that sparse would be larger is held dense.
+
+        Raises:
+            ValueError: another dtype than float32, bfloat16 or float16, a share outside (0, 1], or
+                DTensors with a share below 1.
+        """
+        dtype = state_dtype(dtype)
+        if not 0.0 < keep_fraction <= 1.0:
+            raise ValueError(
+                f"keep_fraction is {keep_fraction!r}; allowed is a share above 0, at most 1."
+            )
+        importance, anchor = self._packed_maps()
+        if keep_fraction < 1.0:
+            importance, anchor = packing.largest(importance, anchor, keep_fraction, dtype)
+        importance = {name: packing.cast_to(packed, dtype) for name, packed in importance.items()}
+        return replace(self, importance=TensorMap(importance), anchor=TensorMap(anchor))
+
+    def grow_rows(self, model: nn.Module, names: Iterable[str]) -> EWCState:
+        """The state with the new last rows of grown parameters admitted, unprotected.
+
+        For a classifier or an embedding that got more rows since: there A = 0 and c = θ, and the
+        earlier rows stay as they are.
+
+        Args:
+            model: the model that has the grown parameters.
+            names: which ones to admit; only these are changed.
+
+        Raises:
+            ValueError: a name is not in the state or the model, or more than its rows changed.
+        """
+        parameters = parameters_by_name(model)
+        importance, anchor = self._packed_maps()
+        for name in map(canonical_name, names):
+            if name not in importance or name not in parameters:
+                where = "the state" if name not in importance else class_name(model)
+                raise ValueError(f"grow_rows: {name!r} is not a parameter of {where}.")
+            theta = sharding.whole(parameters[name].detach())
+            old, new = importance[name].shape, theta.shape
+            if len(old) != len(new) or not old or old[1:] != new[1:] or old[0] > new[0]:
+                raise ValueError(
+                    f"grow_rows: {name!r} is {list(old)} in the state, {list(new)} in the model; "
+                    "only the number of rows may have grown."
+                )
+            importance[name] = packing.with_rows(importance[name], torch.zeros_like(theta))
+            anchor[name] = packing.with_rows(anchor[name], theta)
+        return replace(self, importance=TensorMap(importance), anchor=TensorMap(anchor))
+
+    def without(self, modules: Sequence[str] | str) -> EWCState:
+        """The state without the parameters in these modules, such as a head that is replaced.
+
+        Args:
+            modules: suffixes of the names of modules or parameters, or one regular expression.
+
+        Raises:
+            ValueError: an entry matches no parameter of the state.
+        """
+        dropped = names_in(modules, list(self.importance), "without", "the state")
+        importance, anchor = (
+            TensorMap({name: packed for name, packed in held.items() if name not in dropped})
+            for held in self._packed_maps()
+        )
+        offsets = {name: value for name, value in self.offsets.items() if name not in dropped}
+        return replace(self, importance=importance, anchor=anchor, offsets=offsets)
+
+    def to(self, device: torch.device | str) -> EWCState:
+        """The same state with its tensors on `device`."""
+        return replace(
+            self,
+            importance=as_map(self.importance).to(device),
+            anchor=as_map(self.anchor).to(device),
+        )
+
+    def with_metadata(self, **entries: Any) -> EWCState:
+        """The same state with these entries added to its metadata."""
+        return replace(self, metadata={**self.metadata, **entries})
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], is_main_process: bool | None = None
+    ) -> None:
+        """Write the state to a folder, as `ewc_state.json` and one safetensors file.
+
+        At any moment, also if the process is killed, the folder holds the whole former state or the
+        whole new one. Called by every process, it is written once.
+
+        Args:
+            folder: made if it is not there.
+            is_main_process: whether this process writes; None: rank 0 does. The others take part
+                in gathering DTensors, and are not held up until the files are there.
+        """
+        if is_main_process is None:
+            is_main_process = is_main()
+        tasks = [asdict(task) for task in self.tasks]
+        content = storage.Content(
+            as_map(self.importance), as_map(self.anchor), self.offsets, tasks, self.metadata
+        )
+        written = storage.save(
+            content, Path(folder), is_main_process, self.__dict__.get("_written")
+        )
+        # Not a field: what is known of the tensor file spares writing it again to the same folder.
+        object.__setattr__(self, "_written", written)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> EWCState:
+        """Read a state from a folder (also a Trainer's checkpoint) or from the Hugging Face Hub.
+
+        The tensors are on the CPU, mapped from the file where the platform can.
+
+        Raises:
+            ValueError: there is no state, a file is damaged or missing, or its format is newer than
+                this version reads; the message says which.
+        """
+        folder = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir)
+        content = storage.load(folder)
+        try:
+            tasks = tuple(TaskRecord(**task) for task in content.tasks)
+        except TypeError as error:
+            raise ValueError(f"{folder}: the records of tasks are damaged ({error}).") from None
+        return cls(content.importance, content.anchor, content.offsets, tasks, content.metadata)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload EWC state",
+        create_pr: bool = False,
+    ) -> str | None:
+        """Upload the state to a model repository of the Hugging Face Hub, made if it is not there.
+
+        The model card gets the tag `ewc` and a section on the state; what else it says is kept.
+
+        Called by every process, it is uploaded once, by rank 0.
+
+        Returns:
+            The address of the commit; None on the processes that upload nothing.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if not is_main():
+                return None
+            return hub.push(
+                Path(folder),
+                self.card_section(),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    def card_section(self, settings: Mapping[str, object] | None = None) -> str:
+        """The section on this state for a model card, in Markdown.
+
+        Args:
+            settings: further lines, such as {"λ": 1000.0}.
+        """
+        size = sum(shape.numel() for shape in _shapes(self.importance).values())
+        facts: dict[str, object] = {
+            "Protected": f"{size:,} parameters in {len(self.importance)} tensors",
+            "Size": f"{self.nbytes / 2**20:.1f} MiB",
+            **(settings or {}),
+        }
+        return card.card_section([asdict(task) for task in self.tasks], facts)
+
+    def _packed_maps(self) -> tuple[dict[str, PackedTensor], dict[str, PackedTensor]]:
+        pairs = {name: self.packed(name) for name in self.importance}
+        return (
+            {name: importance for name, (importance, _) in pairs.items()},
+            {name: anchor for name, (_, anchor) in pairs.items()},
+        )
+
+    def _quadratic(self, name: str, like: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        if name not in self.importance:
+            return None
+        importance, anchor = self.importance[name], self.anchor[name]
+        return (
+            sharding.place_like(importance, like),
+            sharding.place_like(anchor, like),
+            self.offsets[name],
+        )
+
+    def _check_names(self, model: nn.Module, values_needed: bool) -> None:
+        shapes, parameters = _shapes(self.importance), parameters_by_name(model)
+        recorded = self.metadata.get("fingerprint")
+        source = recorded.get("model") if isinstance(recorded, Mapping) else None
+        refuse_misfits(
+            f"The state{f' of {source}' if source else ''} does not fit {class_name(model)}",
+            misfits(shapes, parameters, "the state", values_needed),
+            advice(shapes, parameters),
+        )
+
+    def _check_fingerprint(self, model: nn.Module) -> None:
+        recorded = self.metadata.get("fingerprint")
+        if isinstance(recorded, Mapping):
+            problems = fingerprint.mismatches(recorded, model)
+            refuse_misfits("The state belongs to another model", problems)
+
+
+def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be what JSON can hold: {error}.") from error
+    return copy
+
+
+def _parameter_values(parameters: Parameters) -> dict[str, Tensor]:
+    if isinstance(parameters, nn.Module):
+        return {name: sharding.values(p) for name, p in parameters_by_name(parameters).items()}
+    pairs = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
+    if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
+        raise TypeError(
+            f"parameters hold a {type(pairs[0]).__name__}; needed is the model, a dict by name, or "
+            "pairs of name and tensor as of model.named_parameters()."
+        )
+    return {canonical_name(name): value for name, value in pairs}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: as_map(tensors).packed(name).shape for name in tensors}

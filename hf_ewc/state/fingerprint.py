@@ -1,0 +1,131 @@
+"""What a LoRA or other PEFT adapter stands on: its kind, and samples of the frozen weights below.
+
+The parameters of an adapter mean something only together with the base model that they were
+trained on. Merging them into the base and wrapping it anew gives the same names and shapes with
+another meaning; names and shapes alone cannot tell, the base weights can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hf_ewc.parameters.names import class_name, parameters_by_name, unwrap
+from hf_ewc.parameters.sharding import is_dtensor, is_partitioned
+
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+SAMPLES = 256
+"""Values that are sampled of each base parameter."""
+
+
+def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """The fingerprint of `model` for a state that holds the parameters `names`.
+
+    Returns:
+        "model": the class, for people to read. For a model with PEFT adapters also "adapters": the
+        PEFT type by adapter name, with the factors that a LoRA is scaled by; "free": further
+        parameters that are trained and not part of the base; "base": hashes of the base in several
+        precisions, None where its values are not all in this process (FSDP2, ZeRO-3).
+    """
+    found: dict[str, Any] = {"model": class_name(model)}
+    adapters = _adapters(model)
+    if adapters:
+        parameters = parameters_by_name(model)
+        found["adapters"] = {
+            adapter: kind
+            for adapter, kind in adapters.items()
+            if any(adapter in name.split(".") for name in names)
+        }
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        base = set(_base(model, parameters))
+        found["free"] = sorted(base & (trained | set(names)))
+        found["base"] = _hashes(_base(model, parameters, found["free"]))
+    return found
+
+
+def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """How `model` differs from the model whose fingerprint was recorded, one phrase each."""
+    wanted: Mapping[str, str] = recorded.get("adapters") or {}
+    if not wanted:
+        return []
+    adapters = _adapters(model)
+    problems = [
+        f"adapter {name!r}: {kind} at consolidation, {adapters.get(name, 'not there')} now"
+        for name, kind in wanted.items()
+        if adapters.get(name) != kind
+    ]
+    if problems or recorded.get("base") is None:
+        return problems
+    now = _hashes(_base(model, parameters_by_name(model), recorded.get("free") or ()))
+    if now is not None and not set(now) & set(recorded["base"]):
+        problems.append(
+            "the weights under the adapter are not those of the consolidation: the adapter was "
+            "merged and the model wrapped anew, or it stands on another base model. Go on with the "
+            "same base and adapter, or begin a new state."
+        )
+    return problems
+
+
+def _adapters(model: nn.Module) -> dict[str, str]:
+    """PEFT type by adapter name, for PEFT's own wrapper and for `model.add_adapter`."""
+    inner = unwrap(model)
+    configs = getattr(inner, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return {}
+    kinds = {name: getattr(config, "peft_type", None) for name, config in configs.items()}
+    return {name: _described(inner, name, kind) for name, kind in kinds.items()}
+
+
+def _described(model: nn.Module, adapter: str, kind: object) -> str:
+    scalings = {
+        float(layer.scaling[adapter])
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        and isinstance(getattr(layer, "scaling", None), Mapping)
+        and adapter in layer.scaling
+    }
+    name = str(getattr(kind, "value", kind))
+    return f"{name} scaled by {', '.join(f'{s:g}' for s in sorted(scalings))}" if scalings else name
+
+
+def _base(
+    model: nn.Module, parameters: Mapping[str, Tensor], free: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The parameters that belong to no adapter."""
+    owned = {"modules_to_save", "prompt_encoder"}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            owned.update(layer.adapter_layer_names)
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name not in free and owned.isdisjoint(name.split("."))
+    }
+
+
+def _hashes(parameters: Mapping[str, Tensor]) -> list[str] | None:
+    """SHA-256 of names, shapes and evenly spaced values in fp32, fp16 and bf16.
+
+    The same base loaded in another precision has one of them in common. None where values are
+    missing in this process.
+    """
+    if any(is_dtensor(p) or is_partitioned(p) or p.is_meta for p in parameters.values()):
+        return None
+    digests = {dtype: hashlib.sha256(str(dtype).encode()) for dtype in _PRECISIONS}
+    for name, parameter in sorted(parameters.items()):
+        sample = _sample(parameter)
+        for dtype, digest in digests.items():
+            digest.update(f"{name}{list(parameter.shape)}".encode())
+            digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
+    return [digest.hexdigest() for digest in digests.values()]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    values = parameter.detach().reshape(-1)
+    stride = max(1, values.numel() // SAMPLES)
+    return values[::stride][:SAMPLES].cpu().contiguous()

@@ -1,0 +1,82 @@
+"""A state on the Hugging Face Hub: fetching it, uploading it, its section in the model card."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+from hf_ewc.state import storage
+from hf_ewc.state.card import with_section
+
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The folder with the files of the state: `source` itself, or where the Hub's were put.
+
+    Raises:
+        ValueError: `source` is no folder, and the Hub has no such repository or cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not isinstance(source, str) or not _REPO_ID.fullmatch(source) or Path(source).exists():
+        raise ValueError(f"{str(source)!r} is not a folder; give one that holds an EWC state.")
+
+    def fetch(name: str, at: str | None) -> Path:
+        path = hf_hub_download(source, name, revision=at, token=token, cache_dir=cache_dir)
+        return Path(path)
+
+    try:
+        folder = fetch(storage.STATE_FILE, revision).parent
+        # A snapshot's folder is named by its commit: both files come from the same one.
+        return fetch(storage.tensor_file(folder), folder.name).parent
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"{source!r} is not a folder here, and as a repository of the Hub it gave no EWC "
+            f"state: {str(error).strip() or type(error).__name__}"
+        ) from error
+
+
+def push(
+    folder: Path,
+    section: str,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> str:
+    """Upload the state in `folder` and its section of the model card in one commit; its address."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    card = with_section(_present_card(api, repo_id, revision), section)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        create_pr=create_pr,
+        delete_patterns="ewc_state-*.safetensors",
+    )
+    return str(commit.commit_url)
+
+
+def _present_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    try:
+        path = api.hf_hub_download(repo_id, "README.md", revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return Path(path).read_text(encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Whether a run over tasks may go on from the results of an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# The training arguments that a run must share with the one it goes on from.
+RECORDED = (
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+)
+
+
+def qualified_name(metrics: Any) -> str | None:
+    """The name of a function, also inside a `functools.partial`."""
+    metrics = getattr(metrics, "func", metrics)
+    return getattr(metrics, "__qualname__", None)
+
+
+def length(dataset: Any) -> int | None:
+    """How many examples a data set has; None for a stream."""
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on from a run with other settings; further tasks are welcome."""
+    found = dict(found) if isinstance(found, Mapping) else {}
+    before = found.get("tasks") or []
+    wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
+    lines = [line for key in wanted for line in differences(key, found.get(key), wanted[key])]
+    if lines:
+        raise ValueError(
+            f"{path} is of a run with other settings:\n"
+            + "\n".join(lines)
+            + "\nChoose another output_dir, or begin anew with resume=False."
+        )
+
+
+def differences(key: str, found: Any, wanted: Any) -> list[str]:
+    """One line for each entry that is not the same."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        names = dict.fromkeys((*found, *wanted))
+        return [
+            line
+            for name in names
+            for line in differences(f"{key}.{name}", found.get(name), wanted.get(name))
+        ]
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return [line for i, (f, w) in pairs for line in differences(f"{key}[{i}]", f, w)]
+    return [] if found == wanted else [f"  {key}: {found} there, {wanted} now"]

@@ -1,0 +1,140 @@
+"""The EWC state beside the Trainer's checkpoints: stored once, referred to by each of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from accelerate.utils import gather_object
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.state.storage import STATE_FILE, save_reference
+
+logger = logging.getLogger("hf_ewc")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def store(state: EWCState, folder: Path, in_checkpoint: bool, write: bool) -> None:
+    """Write ``state`` into ``folder``; for a checkpoint, into its parent, and a reference into it.
+
+    Every process has to call it (DTensors are gathered); only those with ``write`` touch files.
+    The Trainer writes ``trainer_state.json`` last, and so marks a checkpoint as complete. One left
+    from an earlier run that is now written over is removed first, and so is its reference.
+    """
+    if write and in_checkpoint:
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        (folder / STATE_FILE).unlink(missing_ok=True)
+    if state:
+        state.save_pretrained(folder.parent if in_checkpoint else folder, is_main_process=write)
+        if write and in_checkpoint:
+            save_reference(folder.parent, folder)
+
+
+def check_plain(resume: str | bool, output_dir: Path) -> None:
+    """Refuse to resume a checkpoint that was trained with EWC without it.
+
+    Raises:
+        ValueError: the checkpoint to resume holds an EWC state.
+    """
+    found = _checkpoints(output_dir)
+    folder = (found[-1] if found else None) if resume is True else Path(str(resume))
+    if folder is not None and (folder / STATE_FILE).is_file():
+        raise ValueError(
+            f"{folder} was trained with EWC, and this trainer has neither ewc_config nor "
+            "ewc_state, so it would go on without the penalty. Pass the ewc_config of that run."
+        )
+
+
+def checkpoint_to_resume(resume: str | bool, output_dir: Path) -> str | bool | None:
+    """The checkpoint that ``train(resume_from_checkpoint=resume)`` should continue from.
+
+    A process that is killed while it saves leaves half a checkpoint behind. ``True`` stands for the
+    newest whole one; where there are only halves, training starts over (None).
+
+    Raises:
+        ValueError: a checkpoint given by its path is not whole.
+    """
+    if resume is not True:
+        if not Path(str(resume)).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint is {str(resume)!r}, which is no folder here; pass one "
+                "that the trainer saved, or True for the newest in output_dir."
+            )
+        if _CHECKPOINT.fullmatch(Path(str(resume)).name) and not is_complete(Path(str(resume))):
+            raise ValueError(
+                f"{resume} is not a whole checkpoint: {TRAINER_STATE_NAME} is missing or cut off, "
+                "as after a process that was killed while saving. Pass "
+                "resume_from_checkpoint=True to continue from the newest whole one."
+            )
+        return resume
+    found = _checkpoints(output_dir)
+    whole = [folder for folder in found if is_complete(folder)]
+    if whole:
+        return str(whole[-1])
+    if not found:
+        return True  # the Trainer's own error for a folder without checkpoints
+    logger.warning("No checkpoint in %s is whole; training starts from the beginning.", output_dir)
+    return None
+
+
+def check_same_everywhere(found: str | bool | None) -> None:
+    """Refuse to resume different checkpoints on different processes; every process calls it.
+
+    Raises:
+        ValueError: ``found``, what this process would resume, is another on another process.
+    """
+    name = None if found is None else Path(str(found)).name
+    names = gather_object([name])
+    if len(set(names)) > 1:
+        raise ValueError(
+            f"The processes would resume different checkpoints, by rank: {names}. Let all of them "
+            "see the same output_dir, or copy the checkpoint to resume to every machine."
+        )
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer finished writing ``checkpoint``."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and "global_step" in state
+
+
+def stored_state(checkpoint: Path, given: EWCState) -> EWCState:
+    """The state that ``checkpoint`` was trained with; ``given`` where it refers to none.
+
+    Says so in the log where ``given`` holds other tasks.
+    """
+    if not (checkpoint / STATE_FILE).is_file():
+        return given
+    stored = EWCState.from_pretrained(checkpoint)
+    if given and given.tasks != stored.tasks:
+        there, here = (_task_names(state) for state in (stored, given))
+        logger.warning(
+            "%s was trained with an EWC state of %s, with which it goes on; the ewc_state of this "
+            "trainer, of %s, is not used. For a new run do not resume.",
+            checkpoint,
+            there,
+            here,
+        )
+    return stored
+
+
+def _task_names(state: EWCState) -> str:
+    return ", ".join(f"{task.name!r} ({task.date})" for task in state.tasks) or "no task"
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders, oldest step first."""
+    if not output_dir.is_dir():
+        return []
+    steps = {
+        int(match[1]): folder
+        for folder in output_dir.iterdir()
+        if folder.is_dir() and (match := _CHECKPOINT.fullmatch(folder.name))
+    }
+    return [steps[step] for step in sorted(steps)]

@@ -1,0 +1,101 @@
+"""DeepSpeed, whose engine takes the optimizer's step inside ``backward``, on ZeRO's gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ewc.parameters import sharding
+from hf_ewc.training.fused import Piece, value_and_gradient
+from hf_ewc.training.penalty import Penalty, Term, piece
+
+
+def around_each_step(engine: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call ``before`` and ``after`` each optimizer step of ``engine``, when gradients are reduced.
+
+    Called by Accelerate at the end of an accumulation window only. What was given earlier is
+    replaced.
+    """
+    step = getattr(engine.step, "without_ewc", engine.step)
+
+    @functools.wraps(step)
+    def with_action(*args: Any, **kwargs: Any) -> Any:
+        before()
+        result = step(*args, **kwargs)
+        after()
+        return result
+
+    with_action.without_ewc = step  # type: ignore[attr-defined]
+    engine.step = with_action
+
+
+@torch.no_grad()
+def add_gradients(penalty: Penalty, engine: Any) -> Tensor:
+    """As ``penalty.add_gradients``, on the fp32 weights and reduced gradients that ZeRO keeps.
+
+    With ZeRO-3 each process works on its own partitions; with ZeRO-1 and 2 one parameter at a time
+    is gathered. Gradients still carry the loss scale of fp16, which the engine's step removes.
+    """
+    scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
+    if not any(_is_partitioned(term.parameter) for term in penalty.terms):
+        return penalty.add_gradients(scale)
+    values = torch.stack([_add(term, scale) for term in penalty.terms])
+    # ZeRO-3 owns all parameters or none.
+    return sharding.summed_over_parts(values, penalty.terms[0].parameter)
+
+
+@torch.no_grad()
+def clear_gradients(penalty: Penalty) -> None:
+    """After a step, take off the gradients that ZeRO-3 would keep.
+
+    It overwrites what a parameter had in the next backward that reaches it; of one that is not
+    reached, such as another task's head, it would keep the penalty's gradient and add to it.
+    """
+    from deepspeed import utils
+
+    for term in penalty.terms:
+        if term.is_pulled and sharding.is_zero3(term.parameter):
+            gradient = utils.safe_get_local_grad(term.parameter)
+            if gradient is not None:
+                utils.safe_set_local_grad(term.parameter, torch.zeros_like(gradient))
+
+
+def _is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO holds this parameter's gradient itself, in place of ``.grad``.
+
+    The same in every process: ZeRO-1 and 2 give the mapping to all, and fill it for the owners.
+    """
+    return sharding.is_zero3(parameter) or hasattr(parameter, "_hp_mapping")
+
+
+def _add(term: Term, scale: float) -> Tensor:
+    """Add one term's gradient; its value over what this process holds of it."""
+    from deepspeed import utils
+
+    if not term.is_pulled:
+        device = sharding.local_part(term.parameter).device
+        frozen = [piece(term, with_gradient=False)] if term.weight > 0 else []
+        return value_and_gradient(frozen).sum().to(device, torch.float32)
+
+    zero3 = sharding.is_zero3(term.parameter)
+    weights = utils.safe_get_local_fp32_param if zero3 else utils.safe_get_full_fp32_param
+    read = utils.safe_get_local_grad if zero3 else utils.safe_get_full_grad
+    write = utils.safe_set_local_grad if zero3 else utils.safe_set_full_grad
+    theta, gradient = weights(term.parameter), read(term.parameter)
+    total = gradient.detach().float().clone()
+    own = Piece(
+        theta.detach().reshape(-1),
+        term.importance.to(theta.device),
+        term.anchor.to(theta.device),
+        total.view(-1),
+        term.weight,
+        term.unit,
+        term.index,
+    )
+    value = value_and_gradient([own], scale)[0]
+    write(term.parameter, total.to(gradient.dtype))
+    return value.float()

@@ -1,0 +1,22 @@
+"""The section on EWC in the model card that the Trainer writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.state import card
+from hf_ewc.state.ewc_state import EWCState
+
+
+def add_section(path: Path, config: EWCConfig, state: EWCState) -> None:
+    """Give the card at ``path`` the tag ``ewc`` and a section on λ and the tasks, once."""
+    growth = config.ewc_lambda_growth
+    settings: dict[str, object] = {
+        "λ": f"{config.ewc_lambda:g}" + (f" × {growth:g} per further task" if growth != 1 else ""),
+        "Mode": f"{config.ewc_mode}, γ = {config.ewc_gamma:g}",
+    }
+    if config.ewc_layer_lambdas:
+        settings["λ by layer"] = f"`{config.ewc_layer_lambdas}`"
+    text = card.with_section(path.read_text(encoding="utf-8"), state.card_section(settings))
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,264 @@
+"""The EWC penalty of one state on one model: its value, its gradient, its differentiable form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc.parameters import sharding
+from hf_ewc.parameters.names import parameters_by_name
+from hf_ewc.parameters.sharding import whole
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.state.packing import PackedTensor
+from hf_ewc.training.fused import Piece, value_and_gradient
+
+
+@dataclass(frozen=True)
+class Term:
+    """One protected parameter with its importance and anchor, flat and where its values are.
+
+    ``weight`` is this parameter's λ; for ``unit`` and ``index`` see :class:`Piece`.
+    """
+
+    name: str
+    parameter: Tensor
+    importance: Tensor
+    anchor: Tensor
+    weight: float
+    unit: float = 1.0
+    index: Tensor | None = None
+
+    @property
+    def is_pulled(self) -> bool:
+        """Whether this parameter gets a gradient from the penalty."""
+        return self.weight > 0 and self.parameter.requires_grad
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether this is a weight matrix or more, not a bias or a scale."""
+        return len(sharding.whole_shape(self.parameter)) > 1
+
+
+class Penalty:
+    """λ/2 Σ F (θ − θ*)² + λ·offset, over the parameters that a model has now.
+
+    The objective of Kirkpatrick et al. 2017 (arXiv 1612.00796, equation 3), with a λ per parameter.
+    ``add_gradients`` is meant for once per optimizer step, after the task's backward passes: it
+    adds λ F (θ − θ*) to what ``.grad`` holds, whatever that went through before.
+
+    Of parameters sharded by FSDP2 or ZeRO-3 each process takes its part; values are summed over
+    the parts.
+    Parameters whose importance is zero everywhere or whose λ is 0 are left alone. Frozen ones count
+    in the value and get no gradient; which are frozen is looked at each time.
+
+    Args:
+        state: importances, anchors and offsets by parameter name.
+        model: the model, wrapped or not; its parameters are looked up here, and kept.
+        weights: λ by parameter name, for every name of the state.
+        offload: keep importances and anchors in host memory and move them block by block.
+
+    Attributes:
+        terms: what is protected, in the order in which values are returned.
+        constant: what does not depend on the parameters: the offsets times λ.
+
+    Raises:
+        ValueError: the state does not fit the model.
+    """
+
+    def __init__(
+        self,
+        state: EWCState,
+        model: nn.Module,
+        weights: Mapping[str, float],
+        offload: bool = False,
+    ) -> None:
+        sharding.reshard(model)
+        state.check(model)
+        parameters = parameters_by_name(model)
+        self.terms = [
+            _term(state, name, parameters[name], weights[name], offload)
+            for name in state.importance
+            if _protects(state.packed(name)[0])
+        ]
+        self._devices = [term.parameter.device for term in self.terms]
+        self._offsets = state.offsets
+        self.reweight(weights)
+
+    def reweight(self, weights: Mapping[str, float]) -> None:
+        """Take other λ by parameter name, for every name of the state."""
+        self.terms = [replace(term, weight=weights[term.name]) for term in self.terms]
+        self.constant = math.fsum(weights[name] * value for name, value in self._offsets.items())
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing trainable is protected."""
+        return not any(term.is_pulled for term in self.terms)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether the parameters found at construction are still those of ``model``, in place."""
+        sharding.reshard(model)
+        parameters = parameters_by_name(model)
+        return all(
+            parameters.get(term.name) is term.parameter and term.parameter.device == device
+            for term, device in zip(self.terms, self._devices, strict=True)
+        )
+
+    def values(self) -> Tensor:
+        """λ/2 Σ F (θ − θ*)² of each term, [len(terms)], without ``constant``; a collective."""
+        return _sweep(self.terms, None)
+
+    def value(self) -> float:
+        """λ/2 Σ F (θ − θ*)² + λ·offset as a float; waits for the device."""
+        return float(self.values().sum().item()) + self.constant
+
+    def add_gradients(self, scale: float = 1.0) -> Tensor:
+        """Add ``scale`` · λ F (θ − θ*) to the gradients; returns :meth:`values`.
+
+        A missing gradient counts as zero. Nothing waits for the device.
+        """
+        return _sweep(self.terms, scale)
+
+    def differentiable(self) -> Tensor:
+        """The penalty as a 0-dim tensor with a graph, at the memory of the protected parameters."""
+        total = torch.tensor(self.constant, dtype=torch.float32)
+        for term in filter(_counts, self.terms):
+            total = total.to(term.parameter.device) + _differentiable(term)
+        return total
+
+    def relative_distances(self) -> list[tuple[Term, float]]:
+        """‖θ − θ*‖ / ‖θ*‖ over the protected entries of each term that gets a gradient.
+
+        Infinite where an anchor is zero and the parameter is not; a collective.
+        """
+        terms = [term for term in self.terms if term.is_pulled]
+        rows = _over_layouts(terms, _squares).tolist() if terms else []
+        return [(term, _ratio(*row)) for term, row in zip(terms, rows, strict=True)]
+
+
+def _ratio(square: float, norm: float) -> float:
+    return math.sqrt(square / norm) if norm > 0 else (math.inf if square > 0 else 0.0)
+
+
+def _sweep(terms: Sequence[Term], scale: float | None) -> Tensor:
+    """Values of all terms, [len(terms)]; with ``scale`` their gradients are added too."""
+
+    def values(members: Sequence[Term]) -> Tensor:
+        pieces = [piece(term, with_gradient=scale is not None) for term in members]
+        return value_and_gradient(pieces, 1.0 if scale is None else scale)
+
+    found = _over_layouts([term for term in terms if _counts(term)], values)
+    if len(found) == len(terms):
+        return found
+    every = found.new_zeros(len(terms))
+    every[[i for i, term in enumerate(terms) if _counts(term)]] = found
+    return every
+
+
+def _counts(term: Term) -> bool:
+    return term.weight > 0
+
+
+@torch.no_grad()
+def _over_layouts(terms: Sequence[Term], function: Callable[[Sequence[Term]], Tensor]) -> Tensor:
+    """``function`` of the terms that lie alike, summed over shards, in the order of ``terms``.
+
+    ``function`` returns one row per term; so does this, on the first term's device.
+    """
+    if not terms:
+        return torch.zeros(0, dtype=torch.float64)
+    by_layout: dict[tuple[object, ...], list[int]] = {}
+    for i, term in enumerate(terms):
+        by_layout.setdefault(sharding.layout(term.parameter), []).append(i)
+    parts = []
+    for members in by_layout.values():
+        rows = function([terms[i] for i in members])
+        parts.append(sharding.summed_over_parts(rows, terms[members[0]].parameter))
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([i for members in by_layout.values() for i in members])
+    rows = torch.cat([part.to(parts[0].device) for part in parts])
+    return rows[torch.argsort(order).to(rows.device)]
+
+
+def _protects(importance: PackedTensor) -> bool:
+    return bool(whole(importance.values.any()))
+
+
+def _term(state: EWCState, name: str, parameter: Tensor, weight: float, offload: bool) -> Term:
+    importance, anchor = state.packed(name)
+    if sharding.is_sharded(parameter):
+        held = [sharding.part_like(packed.dense(), parameter) for packed in (importance, anchor)]
+        own_importance, own_anchor = (_placed(tensor, parameter, offload) for tensor in held)
+        return Term(name, parameter, own_importance, own_anchor, weight)
+    index = importance.indices
+    strengths = whole(importance.values)
+    values = whole(anchor.kept() if anchor.scale != 1.0 else anchor.values)
+    if index is not None and anchor.indices is None:
+        values = values.reshape(-1)[index]
+    return Term(
+        name,
+        parameter,
+        _placed(strengths, parameter, offload),
+        _placed(values, parameter, offload),
+        weight,
+        importance.scale,
+        None if index is None else index.to(parameter.device),
+    )
+
+
+def _placed(tensor: Tensor, parameter: Tensor, offload: bool) -> Tensor:
+    """``tensor`` flat, on the parameter's device or, offloaded, in (pinned) host memory."""
+    tensor = tensor.detach().contiguous().view(-1)
+    device = sharding.local_part(parameter).device
+    if not offload:
+        return tensor.to(device)
+    tensor = tensor.cpu()
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def piece(term: Term, with_gradient: bool) -> Piece:
+    """What this process has of ``term``; a gradient is left out for parameters that get none."""
+    return Piece(
+        sharding.local_part(term.parameter).detach().reshape(-1),
+        term.importance,
+        term.anchor,
+        _gradient(term.parameter) if with_gradient and term.is_pulled else None,
+        term.weight,
+        term.unit,
+        term.index,
+    )
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """The local part of ``.grad`` as a flat view to add to; zeros where there was no gradient."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    if parameter.grad.is_sparse:  # of an embedding; the penalty pulls at all of its rows
+        parameter.grad = parameter.grad.to_dense()
+    if not sharding.local_part(parameter.grad).is_contiguous():
+        parameter.grad = parameter.grad.contiguous()
+    return sharding.local_part(parameter.grad).view(-1)
+
+
+def _differentiable(term: Term) -> Tensor:
+    theta = sharding.local_part(term.parameter).reshape(-1)
+    if term.index is not None:
+        theta = theta[term.index]
+    anchor, importance = (t.to(theta.device).float() for t in (term.anchor, term.importance))
+    value = (0.5 * term.weight * term.unit) * (importance * (theta - anchor) ** 2).sum()
+    return sharding.summed_over_parts(value, term.parameter)
+
+
+def _squares(terms: Sequence[Term]) -> Tensor:
+    """Σ (θ − θ*)² and Σ θ*² of each term, [len(terms), 2]."""
+    rows = []
+    for term in terms:
+        theta = sharding.local_part(term.parameter).reshape(-1)
+        anchor = term.anchor.to(theta.device).float()
+        theta = (theta if term.index is None else theta[term.index]).float()
+        rows.append(torch.stack([(theta - anchor).square().sum(), anchor.square().sum()]))
+    return torch.stack(rows)

@@ -1,0 +1,399 @@
+"""Elastic Weight Consolidation in the Hugging Face Trainer, and in any subclass of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.parameters.selection import select_parameters
+from hf_ewc.processes import check_launch
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training import checkpoints, deepspeed, model_card
+from hf_ewc.training.converted_weights import load_converted
+from hf_ewc.training.estimation import fisher_of
+from hf_ewc.training.loss_scaling import correct_loss_scaling
+from hf_ewc.training.penalty import Penalty
+from hf_ewc.training.penalty_log import PenaltyLog, warn_about
+from hf_ewc.training.refusals import check_supported
+
+logger = logging.getLogger("hf_ewc")
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class EWCMixin(_Base):
+    """Elastic Weight Consolidation for any subclass of the Trainer.
+
+    >>> class EWCSFTTrainer(EWCMixin, SFTTrainer): ...
+
+    Training minimizes L_task(θ) + (λ/2) Σ F (θ − θ*)² (Kirkpatrick et al. 2017, arXiv 1612.00796).
+    The gradient that the optimizer gets is the task's plus exactly λ F (θ − θ*), once per optimizer
+    step, in fp32, whatever the accumulation steps, processes, precision or loss function; gradient
+    clipping and ``grad_norm`` see it. Evaluation is the task's alone. Logs hold ``loss`` =
+    ``task_loss`` + ``ewc_penalty``. With neither configuration nor state it is the plain Trainer.
+
+    Args:
+        ewc_config: how strongly and where to protect; the defaults if only a state is given.
+        ewc_state: what earlier tasks left: an :class:`EWCState`, a folder or an id on the Hub.
+
+    Raises:
+        ValueError: the state does not fit the model, the optimizer or sharding rules EWC out, or
+            fewer processes take part than the launcher was asked for.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        ewc_config: EWCConfig | None = None,
+        ewc_state: EWCState | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if ewc_config is not None and not isinstance(ewc_config, EWCConfig):
+            raise TypeError(
+                f"ewc_config is a {type(ewc_config).__name__}; needed is an EWCConfig, such as "
+                "EWCConfig(ewc_lambda=1e3)."
+            )
+        self._ewc_requested = ewc_config is not None
+        self.ewc_config = ewc_config if ewc_config is not None else EWCConfig()
+        self._ewc_state = EWCState()
+        self._ewc_penalty: Penalty | None = None
+        self._ewc_log: PenaltyLog | None = None
+        self._ewc_run: object = None  # the TrainerState of the run that was last prepared for
+        self._ewc_weighting: object = None  # the settings that the penalty's weights came from
+        self._ewc_loss_is_scaled = False
+        self._ewc_in_step = False
+        super().__init__(*args, **kwargs)
+        if self._ewc_requested or ewc_state is not None:
+            check_launch(self.accelerator.num_processes)
+            check_supported(self)
+        if ewc_state is not None:
+            self.ewc_state = ewc_state
+        if self._ewc_requested and self.model is not None:
+            self._ewc_check_patterns()
+
+    @property
+    def ewc_state(self) -> EWCState:
+        """What the tasks consolidated so far left behind; empty before the first."""
+        return self._ewc_state
+
+    @ewc_state.setter
+    def ewc_state(self, state: EWCState | str | os.PathLike[str] | None) -> None:
+        if isinstance(state, (str, os.PathLike)):
+            self.accelerator.wait_for_everyone()  # the main process may be writing it still
+            folder, state = state, EWCState.from_pretrained(state)
+            if not state and self.is_world_process_zero():
+                logger.warning("The EWC state in %s is empty and protects nothing.", folder)
+        elif state is None:
+            state = EWCState()
+        if not isinstance(state, EWCState):
+            raise TypeError(
+                f"ewc_state is a {type(state).__name__}; needed is an EWCState, a folder that "
+                "save_pretrained wrote, an id on the Hub, or None."
+            )
+        if state:
+            check_supported(self)
+            state.check(self._ewc_model)
+        self._ewc_state = state
+        self._ewc_penalty, self._ewc_log, self._ewc_run = None, None, None
+
+    @property
+    def _ewc_model(self) -> nn.Module:
+        if self.model is None:
+            raise ValueError("The trainer has no model.")
+        return self.model
+
+    @property
+    def _ewc_folder(self) -> Path:
+        return Path(self.args.output_dir or ".")
+
+    @property
+    def _ewc_active(self) -> bool:
+        return self._ewc_requested or bool(self._ewc_state)
+
+    def ewc_penalty(self) -> float:
+        """λ/2 Σ F (θ − θ*)² + λ·offset of the model as it is now; 0 without a state.
+
+        Under FSDP2 and ZeRO-3 every process has to call it, and each gets the whole sum.
+        """
+        return self._ewc_bound().value() if self._ewc_state else 0.0
+
+    def consolidate(
+        self, dataset: Any = None, *, name: str | None = None, weight: float = 1.0
+    ) -> EWCState:
+        """Fold the Fisher of the model on ``dataset`` into the state, and protect it from now on.
+
+        Call it after training on a task. Before any training, with a sample of general data, it
+        protects what was learned in pretraining.
+
+        Args:
+            dataset: examples as the trainer's own ``train_dataset`` has them (TRL's trainers
+                tokenize theirs at construction); that if None. An iterable is read in order.
+            name: of the task, for the records.
+            weight: the task's weight in the sum of penalties.
+
+        Returns:
+            The new state, also ``self.ewc_state``.
+
+        Raises:
+            ValueError: there is no data, or none with labels.
+            TypeError: ``dataset`` is no data set.
+        """
+        config = self.ewc_config
+        fisher = fisher_of(
+            self, self._ewc_model, self.train_dataset if dataset is None else dataset, config
+        )
+        state = self._ewc_state.consolidate(
+            fisher,
+            self._ewc_model,
+            mode=config.ewc_mode,
+            gamma=config.ewc_gamma,
+            weight=weight,
+            name=name,
+        )
+        self.ewc_state = state.pack(
+            dtype=config.ewc_state_dtype, keep_fraction=config.ewc_keep_fraction
+        )
+        return self.ewc_state
+
+    # ---- Training ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The task loss, in training mode plus the penalty as a differentiable term.
+
+        Within the Trainer's own steps it is the task loss, since there the penalty's gradient is
+        added once per optimizer step by :meth:`training_step`.
+        """
+        result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        if self._ewc_in_step or not model.training or not self._ewc_state:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        loss = loss + self._ewc_bound().differentiable().to(loss.device, loss.dtype)
+        return (loss, *outputs) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Forward and backward of the task; at the end of a window, the penalty's gradient.
+
+        Returns the task loss; the logs add the penalty (see :meth:`log`).
+        """
+        if not self._ewc_active:
+            return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+        if self._ewc_run is not self.state:
+            self._ewc_prepare_run(model)
+        self._ewc_in_step = True
+        try:
+            self._ewc_correct_scaling(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+        finally:
+            self._ewc_in_step = False
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            self._ewc_add_gradients()
+        return loss
+
+    def _ewc_add_gradients(self) -> None:
+        """Add λ F (θ − θ*) to the gradients, in the units that a gradient scaler left them in."""
+        penalty = self._ewc_penalty
+        if penalty is None or self._ewc_log is None:
+            return
+        self._ewc_reweight(penalty)
+        if self.is_deepspeed_enabled:
+            values = deepspeed.add_gradients(penalty, self.deepspeed)
+        else:
+            scaler = self.accelerator.scaler
+            values = penalty.add_gradients(1.0 if scaler is None else float(scaler.get_scale()))
+        self._ewc_log.add(values, penalty.constant)
+
+    def _ewc_correct_scaling(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> None:
+        """Find out, by the first batch that tells, whether the loss is scaled as assumed."""
+        if self._ewc_loss_is_scaled:
+            return
+        own = [c for c in type(self).__mro__ if "compute_loss" in vars(c)]
+        own = [c for c in own if c not in (EWCMixin, Trainer)]
+        if any(c.__module__.startswith("trl.") for c in own):
+            self._ewc_loss_is_scaled = True  # they see to it, and keep counts of their calls
+            return
+        self._ewc_loss_is_scaled = correct_loss_scaling(
+            self, model, inputs, num_items, self.compute_loss if own else None
+        )
+
+    def _ewc_prepare_run(self, model: nn.Module) -> None:
+        """At the first step of a run: the Trainer makes a new ``TrainerState`` for each.
+
+        Only now are the parameters those that will be trained: FSDP2 has replaced them all, and
+        ``auto_find_batch_size`` may have wrapped the model anew.
+        """
+        self._ewc_loss_is_scaled = False
+        self._ewc_penalty = None
+        if self._ewc_state:
+            self._ewc_penalty = self._ewc_bind(model)
+            self._ewc_log = PenaltyLog(
+                [term.name for term in self._ewc_penalty.terms], self.ewc_config.ewc_log_groups
+            )
+            online = self.ewc_config.ewc_mode == "online"
+            warn_about(self._ewc_penalty, online and self.state.global_step == 0)
+            if self.is_deepspeed_enabled:
+                # The engine takes its step inside the backward pass, before training_step is back.
+                penalty = self._ewc_penalty
+                deepspeed.around_each_step(
+                    model, self._ewc_add_gradients, lambda: deepspeed.clear_gradients(penalty)
+                )
+        self._ewc_run = self.state
+
+    def _ewc_check_patterns(self) -> None:
+        """Refuse patterns that match nothing now, not after the training that they were meant for.
+
+        Raises:
+            ValueError: a pattern of the configuration matches no parameter.
+        """
+        config, state = self.ewc_config, self._ewc_state
+        patterns = config.ewc_target_modules, config.ewc_exclude_modules
+        if any(patterns) or config.ewc_layer_lambdas:
+            names = select_parameters(self._ewc_model, *patterns)
+            config.lambdas(state.importance or names)
+
+    def _ewc_bind(self, model: nn.Module) -> Penalty:
+        self._ewc_weighting = _weighting(self.ewc_config)
+        return Penalty(self._ewc_state, model, self._ewc_weights(), self.ewc_config.ewc_offload)
+
+    def _ewc_weights(self) -> dict[str, float]:
+        """λ of each parameter of the state, 0 where the configuration leaves it free."""
+        config = self.ewc_config
+        weights = config.lambdas(self._ewc_state.importance, self._ewc_state.num_tasks)
+        patterns = config.ewc_target_modules, config.ewc_exclude_modules
+        if not any(patterns):
+            return weights
+        chosen = set(select_parameters(self._ewc_model, *patterns, trainable_only=False))
+        return {name: weight if name in chosen else 0.0 for name, weight in weights.items()}
+
+    def _ewc_reweight(self, penalty: Penalty) -> None:
+        """Follow changes of the configuration, as a callback that anneals λ makes them."""
+        weighting = _weighting(self.ewc_config)
+        if weighting != self._ewc_weighting:
+            replace(self.ewc_config)  # which checks the values
+            penalty.reweight(self._ewc_weights())
+            self._ewc_weighting = weighting
+
+    def _ewc_bound(self) -> Penalty:
+        """The penalty on the model's present parameters, also outside of a run."""
+        if self._ewc_penalty is None or not self._ewc_penalty.fits(self._ewc_model):
+            self._ewc_penalty = self._ewc_bind(self._ewc_model)
+            self._ewc_run = None
+        self._ewc_reweight(self._ewc_penalty)
+        return self._ewc_penalty
+
+    # ---- Logs ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log ``loss`` = ``task_loss`` + ``ewc_penalty``, means since the last log."""
+        if self._ewc_log is not None:
+            self._ewc_log.amend(logs)
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of the parent, with the tag ``ewc`` and a section on λ and the tasks."""
+        super().create_model_card(*args, **kwargs)
+        path = self._ewc_folder / "README.md"
+        if self._ewc_state and self.is_world_process_zero() and path.is_file():
+            model_card.add_section(path, self.ewc_config, self._ewc_state)
+
+    # ---- Checkpoints ----
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the parent; a checkpoint brings back the EWC state that it was saved with.
+
+        ``resume_from_checkpoint=True`` takes the newest checkpoint that was saved to its end.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._ewc_resume(resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        loss = output.metrics.get("train_loss", output.training_loss)
+        return output._replace(training_loss=loss) if self._ewc_log is not None else output
+
+    def _ewc_resume(self, resume: str | bool) -> str | bool | None:
+        if not self._ewc_active:
+            checkpoints.check_plain(resume, self._ewc_folder)
+            return resume
+        self.accelerator.wait_for_everyone()  # the main process may be writing a checkpoint still
+        found = checkpoints.checkpoint_to_resume(resume, self._ewc_folder)
+        checkpoints.check_same_everywhere(found)
+        if isinstance(found, (str, os.PathLike)):
+            self.ewc_state = checkpoints.stored_state(Path(found), self._ewc_state)
+        return found
+
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        """As the parent, and right for models that are saved under other names than they have."""
+        if not load_converted(self._ewc_model if model is None else model, folder):
+            super()._load_from_checkpoint(folder, model)
+
+    def _load_best_model(self) -> None:
+        """As the parent, and right for models that are saved under other names than they have."""
+        best = self.state.best_model_checkpoint
+        if best is None or not load_converted(self._ewc_model, best):
+            super()._load_best_model()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the parent; then the files of all processes are there.
+
+        The Trainer's next act is trainer_state.json, which says that the checkpoint is whole.
+        """
+        super()._save_rng_state(output_dir)
+        if self._ewc_active:
+            self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent, with the EWC state in the same folder; checkpoints refer to one file.
+
+        As with the parent only the main process writes, and all have to call it where the model is
+        in shards.
+        """
+        folder = self._ewc_folder if output_dir is None else Path(output_dir)
+        in_checkpoint = _internal_call and output_dir is not None
+        checkpoints.store(self._ewc_state, folder, in_checkpoint, self.args.should_save)
+        super().save_model(output_dir, _internal_call)
+
+
+def _weighting(config: EWCConfig) -> tuple[object, ...]:
+    """What the weights of a penalty depend on."""
+    return (
+        config.ewc_lambda,
+        config.ewc_lambda_growth,
+        str(config.ewc_layer_lambdas),
+        str(config.ewc_target_modules),
+        str(config.ewc_exclude_modules),
+    )
+
+
+class EWCTrainer(EWCMixin, Trainer):
+    """The Hugging Face Trainer with Elastic Weight Consolidation; see :class:`EWCMixin`."""
+
+
+class EWCSeq2SeqTrainer(EWCMixin, Seq2SeqTrainer):
+    """The Hugging Face Seq2SeqTrainer with Elastic Weight Consolidation; see :class:`EWCMixin`."""
