@@ -19,7 +19,7 @@ from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.choice import uniforms
 from hf_ewc.fisher.examples.sources import Source
 from hf_ewc.fisher.labels import require_labels
-from hf_ewc.fisher.likelihood.distributions import Distribution, of_first_example, without_padding
+from hf_ewc.fisher.likelihood.distributions import Distribution
 from hf_ewc.fisher.likelihood.outputs import LabelReader
 from hf_ewc.fisher.team import Team
 
@@ -107,7 +107,7 @@ class Run:
         """By the very first example, so that it does not depend on the size of the batches."""
         if self.fisher_type != "auto":
             return self.fisher_type
-        few = of_first_example(distribution).num_exact_passes <= MAX_EXACT_PASSES
+        few = distribution.first_example().num_exact_passes <= MAX_EXACT_PASSES
         return "exact" if few else "sampled"
 
     def add(self, batch: ExampleBatch) -> None:
@@ -185,15 +185,16 @@ class Run:
         """Forward, then one scalar per backward pass, checked and scaled."""
         kept = torch.arange(len(batch), device=self._device) < len(batch) - batch.padding
         if self._plan.log_likelihood is not None:
-            values = _checked_values(self._plan.log_likelihood(self._model, batch.inputs), batch)
+            values = self._plan.log_likelihood(self._model, batch.inputs)
+            _check_values(values, batch)
             self.num_examples += len(batch) - batch.padding
             self.fisher_type = "batched" if self._plan.fisher_type == "batched" else "empirical"
             values = torch.where(kept, values, values.detach()) if batch.padding else values
-            yield values.sum() * self._plan.scale
+            yield _checked_objective(values.sum(), batch) * self._plan.scale
             return
         distribution = self._reader.distribution(batch.inputs)
         if batch.padding:
-            distribution = without_padding(distribution, kept)
+            distribution = distribution.without(~kept)
         self.num_examples += int((distribution.labelled & kept).sum())
         self.fisher_type = self._settled_type(distribution)
         for objective in self._passes(distribution, batch.ids):
@@ -236,10 +237,9 @@ def _checked_objective(objective: Tensor, batch: ExampleBatch) -> Tensor:
     return objective
 
 
-def _checked_values(values: Tensor, batch: ExampleBatch) -> Tensor:
+def _check_values(values: Tensor, batch: ExampleBatch) -> None:
     if values.shape != (len(batch),):
         raise ValueError(
             f"log_likelihood returned shape {tuple(values.shape)} for {len(batch)} examples; it "
             "must return log p(y|x) of each, shape (batch,)."
         )
-    return _checked_objective(values.sum(), batch).new_zeros(()) + values

@@ -48,6 +48,18 @@ class Distribution(ABC):
     def exact(self) -> Iterator[Tensor]:
         """Objectives whose squared gradients add up to E_y[(∂ log p(y | x_n))²]."""
 
+    @abstractmethod
+    def graph_output(self) -> Tensor:
+        """An output of the model that carries its graph."""
+
+    def first_example(self) -> Distribution:
+        """What says of the first example alone how many passes the expectation takes."""
+        return self
+
+    @abstractmethod
+    def without(self, padding: Tensor) -> Distribution:
+        """No label or no gradient for the examples that are `padding`, (B,) bool."""
+
 
 @dataclass(frozen=True)
 class Categorical(Distribution):
@@ -93,6 +105,15 @@ class Categorical(Distribution):
             for factor in _multinomial_factors(probabilities[positions]):
                 yield (logits[positions] * factor.to(logits.dtype)).sum()
 
+    def graph_output(self) -> Tensor:
+        return self.logits
+
+    def first_example(self) -> Categorical:
+        return Categorical(self.logits[:1], self.labels[:1])
+
+    def without(self, padding: Tensor) -> Categorical:
+        return replace(self, labels=self.labels.masked_fill(padding.unsqueeze(1), IGNORED))
+
 
 @dataclass(frozen=True)
 class Bernoulli(Distribution):
@@ -127,6 +148,12 @@ class Bernoulli(Distribution):
         weighted = logits * (p * (1 - p)).sqrt()
         yield from (weighted[:, d].sum() for d in range(logits.shape[-1]))
 
+    def graph_output(self) -> Tensor:
+        return self.logits
+
+    def without(self, padding: Tensor) -> Bernoulli:
+        return replace(self, logits=_without_gradient(self.logits, padding))
+
 
 @dataclass(frozen=True)
 class Gaussian(Distribution):
@@ -157,6 +184,12 @@ class Gaussian(Distribution):
         means = _at_least_fp32(self.means)
         yield from (means[:, d].sum() for d in range(means.shape[-1]))
 
+    def graph_output(self) -> Tensor:
+        return self.means
+
+    def without(self, padding: Tensor) -> Gaussian:
+        return replace(self, means=_without_gradient(self.means, padding))
+
 
 @dataclass(frozen=True)
 class Joint(Distribution):
@@ -185,6 +218,20 @@ class Joint(Distribution):
     def exact(self) -> Iterator[Tensor]:
         for part in self.parts:
             yield from part.exact()
+
+    def graph_output(self) -> Tensor:
+        return self.parts[0].graph_output()
+
+    def first_example(self) -> Joint:
+        return Joint([part.first_example() for part in self.parts])
+
+    def without(self, padding: Tensor) -> Joint:
+        return Joint([part.without(padding) for part in self.parts])
+
+
+def _without_gradient(outputs: Tensor, padding: Tensor) -> Tensor:
+    """The same values, cut off the graph in the rows that are `padding`."""
+    return torch.where(padding.unsqueeze(1), outputs.detach(), outputs)
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
@@ -229,38 +276,3 @@ def _multinomial_factors(probabilities: Tensor) -> Iterator[Tensor]:
         share = probabilities[:, k + 1 :] / after.clamp_min(torch.finfo(p.dtype).tiny).unsqueeze(-1)
         column[:, k + 1 :] = -scale.unsqueeze(-1) * share
         yield column
-
-
-def scores(distribution: Distribution) -> Tensor:
-    """An output of the model that carries its graph."""
-    if isinstance(distribution, Joint):
-        return scores(distribution.parts[0])
-    if isinstance(distribution, Gaussian):
-        return distribution.means
-    if isinstance(distribution, (Categorical, Bernoulli)):
-        return distribution.logits
-    raise TypeError(f"{type(distribution).__name__} is no distribution that is known here.")
-
-
-def of_first_example(distribution: Distribution) -> Distribution:
-    if isinstance(distribution, Joint):
-        return Joint([of_first_example(part) for part in distribution.parts])
-    if isinstance(distribution, Categorical):
-        return Categorical(distribution.logits[:1], distribution.labels[:1])
-    return distribution
-
-
-def without_padding(distribution: Distribution, kept: Tensor) -> Distribution:
-    """No gradient, and for classes no label, of the examples that are not `kept`, (B,) bool."""
-    if isinstance(distribution, Joint):
-        return Joint([without_padding(part, kept) for part in distribution.parts])
-    if isinstance(distribution, Categorical):
-        labels = distribution.labels.masked_fill(~kept.unsqueeze(1), IGNORED)
-        return replace(distribution, labels=labels)
-    outputs = scores(distribution)
-    cut = torch.where(kept.unsqueeze(1), outputs, outputs.detach())
-    if isinstance(distribution, Gaussian):
-        return replace(distribution, means=cut)
-    if isinstance(distribution, Bernoulli):
-        return replace(distribution, logits=cut)
-    return distribution

@@ -20,7 +20,6 @@ from hf_ewc.fisher.engine.protocol import UncoveredUse
 from hf_ewc.fisher.engine.verification import Comparison, within_rounding
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.sources import Source
-from hf_ewc.fisher.likelihood.distributions import scores
 from hf_ewc.fisher.run import Plan, ProgressBar, Run
 from hf_ewc.fisher.sharded.one_backward import ShardedOneBackward
 from hf_ewc.fisher.sharded.together import SameBatchEverywhere
@@ -161,7 +160,7 @@ class ShardedRun(Run):
     def _passes(self, distribution: Any, ids: Any) -> Iterator[Tensor]:
         passes = super()._passes(distribution, ids)
         first = next(passes, None)
-        yield scores(distribution).sum() * 0.0 if first is None else first
+        yield distribution.graph_output().sum() * 0.0 if first is None else first
         yield from passes
 
     def totals(self) -> dict[str, Tensor]:
