@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hf_ewc.fisher.engine.checkpointing import checkpointing
+from hf_ewc.fisher.engine.interception import Interception
 from hf_ewc.fisher.engine.protocol import Objectives, UncoveredUse
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.uses.ledger import Ledger
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class OneBackward:
@@ -29,7 +30,7 @@ class OneBackward:
     def add(self, batch: ExampleBatch, objectives: Objectives) -> None:
         """Raises `UncoveredUse`, with nothing added, where a use is not accounted for."""
         self._ledger.start(len(batch))
-        mode = Interception(self._ledger, batch.inputs, len(batch))
+        mode = Interception(Tracker(self._ledger, batch.inputs, len(batch)))
 
         def contexts() -> tuple[object, object]:
             return contextlib.nullcontext(), mode.recomputation()

@@ -11,7 +11,6 @@ a matrix product for each p.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -19,43 +18,38 @@ from torch import Tensor
 from hf_ewc.fisher.operations.elementwise import batched
 from hf_ewc.fisher.operations.linear import times_weight
 from hf_ewc.fisher.operations.registry import covers
-from hf_ewc.fisher.uses.rows import Uncovered
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.call import Call, Uncovered
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 @covers("einsum")
-def _handle_einsum(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    equation, operands = args[0], args[1:]
+def _handle_einsum(tracker: Tracker, call: Call) -> Any:
+    equation, operands = call.args[0], call.args[1:]
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         raise Uncovered
     letters, result = equation.replace(" ", "").split("->")
     of_x, of_weight = letters.split(",")
     x, weight = operands
-    if context.is_shared(x):
+    if tracker.is_shared(x):
         x, weight, of_x, of_weight = weight, x, of_weight, of_x
     if "..." in of_x and "..." in result:
         leading = "ABCDEFGH"[: x.dim() - len(of_x) + 3]
         of_x, result = of_x.replace("...", leading), result.replace("...", leading)
     spelled_out = f"{of_x}{of_weight}{result}"
-    if not context.is_used(weight) or "." in spelled_out or result[:1] != of_x[:1]:
+    if not tracker.is_used(weight) or "." in spelled_out or result[:1] != of_x[:1]:
         raise Uncovered
     if any(len(set(word)) < len(word) for word in (of_x, of_weight, result)):
         raise Uncovered
     if of_x[0] in of_weight:  # a row of the parameter for each row of x
         if of_weight[0] != of_x[0]:
             raise Uncovered
-        rows = batched(context, weight, x, rank=weight.dim())
-        return func(f"{of_x},{of_weight}->{result}", x, rows)
-    return _contract(context, x, of_x, weight, of_weight, result)
+        rows = batched(tracker, weight, x, rank=weight.dim())
+        return call.func(f"{of_x},{of_weight}->{result}", x, rows)
+    return _contract(tracker, x, of_x, weight, of_weight, result)
 
 
 def _contract(
-    context: Interception, x: Tensor, of_x: str, weight: Tensor, of_weight: str, result: str
+    tracker: Tracker, x: Tensor, of_x: str, weight: Tensor, of_weight: str, result: str
 ) -> Tensor:
     paired = [letter for letter in of_weight if letter in of_x and letter in result]
     contracted = [letter for letter in of_weight if letter in of_x and letter not in result]
@@ -77,7 +71,7 @@ def _contract(
     rows = rows.reshape(x.shape[0], *pairs, size(free), size(contracted))
     matrix = weight.permute([of_weight.index(letter) for letter in (*paired, *contracted, *own)])
     matrix = matrix.reshape(*pairs, size(contracted), size(own))
-    product = times_weight(context, context.follow(rows, x), matrix)
+    product = times_weight(tracker, tracker.follow(rows, x), matrix)
     found = [of_x[0], *paired, *free, *own]
     product = product.reshape([sizes[letter] for letter in found])
     return product.permute([found.index(letter) for letter in result])

@@ -6,7 +6,6 @@ where windows do not overlap, are linear maps of the unfolded patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.operations.linear import linear
-from hf_ewc.fisher.operations.registry import argument, covers, detached, open_if_used, unviewed
+from hf_ewc.fisher.operations.registry import covers, detached, open_if_used, unviewed
 from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.parts import DensePart, Part
-from hf_ewc.fisher.uses.rows import Uncovered
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _Convolution(torch.autograd.Function):
@@ -31,11 +30,11 @@ class _Convolution(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         root: Tensor,
-        context: Interception,
+        tracker: Tracker,
         sites: tuple[Site | None, Site | None],
         settings: tuple[Any, ...],
     ) -> Tensor:
-        ctx.context, ctx.sites, ctx.settings = context, sites, settings
+        ctx.tracker, ctx.sites, ctx.settings = tracker, sites, settings
         ctx.save_for_backward(x, weight)
         return unviewed(torch.convolution(x, weight, bias, *settings))
 
@@ -44,7 +43,7 @@ class _Convolution(torch.autograd.Function):
         (gradient,) = outputs
         x, weight = ctx.saved_tensors
         weight_site, bias_site = ctx.sites
-        num_examples = ctx.context.num_examples
+        num_examples = ctx.tracker.num_examples
         if weight_site is not None:
             examples = zip(gradient.chunk(num_examples), x.chunk(num_examples), strict=True)
             pairs = [(g, v) for g, v in examples]
@@ -82,79 +81,63 @@ class ConvolutionPart(Part):
 
 
 @covers("conv1d", "conv2d", "conv3d")
-def _handle_convolution(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x, weight, bias = _operands(context, args, kwargs)
+def _handle_convolution(tracker: Tracker, call: Call) -> Any:
+    x, weight, bias = _operands(tracker, call)
     axes = weight.dim() - 2
-    stride = _per_axis(argument(args, kwargs, 3, "stride", 1), axes)
-    padding = argument(args, kwargs, 4, "padding", 0)
-    dilation = _per_axis(argument(args, kwargs, 5, "dilation", 1), axes)
-    groups = argument(args, kwargs, 6, "groups", 1)
+    stride = _per_axis(call.argument(3, "stride", 1), axes)
+    padding = call.argument(4, "padding", 0)
+    dilation = _per_axis(call.argument(5, "dilation", 1), axes)
+    groups = call.argument(6, "groups", 1)
     if isinstance(padding, str):
         padding = _named_padding(padding, weight.shape[2:], dilation)
     padding = _per_axis(padding, axes)
     side_by_side = stride == list(weight.shape[2:]) and not any(padding)
     if side_by_side and groups == 1 and all(step == 1 for step in dilation):
-        return _patch_embedding(context, x, weight, bias)
+        return _patch_embedding(tracker, x, weight, bias)
     settings = stride, padding, dilation, False, [0] * axes, groups
-    return _convolve(context, x, weight, bias, settings)
+    return _convolve(tracker, x, weight, bias, settings)
 
 
 @covers("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _handle_transposed(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x, weight, bias = _operands(context, args, kwargs)
+def _handle_transposed(tracker: Tracker, call: Call) -> Any:
+    x, weight, bias = _operands(tracker, call)
     axes = weight.dim() - 2
     stride, padding, output_padding = (
-        _per_axis(argument(args, kwargs, i, name, default), axes)
+        _per_axis(call.argument(i, name, default), axes)
         for i, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
     )
-    groups = argument(args, kwargs, 6, "groups", 1)
-    dilation = _per_axis(argument(args, kwargs, 7, "dilation", 1), axes)
+    groups = call.argument(6, "groups", 1)
+    dilation = _per_axis(call.argument(7, "dilation", 1), axes)
     settings = stride, padding, dilation, True, output_padding, groups
-    return _convolve(context, x, weight, bias, settings)
+    return _convolve(tracker, x, weight, bias, settings)
 
 
-def _operands(
-    context: Interception, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, weight, bias = (
-        argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias"))
-    )
-    shared = context.is_shared(weight) and (bias is None or context.is_shared(bias))
-    if not shared or context.is_shared(x) or x.dim() != weight.dim():
+def _operands(tracker: Tracker, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight, bias = (call.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
+    shared = tracker.is_shared(weight) and (bias is None or tracker.is_shared(bias))
+    if not shared or tracker.is_shared(x) or x.dim() != weight.dim():
         raise Uncovered
-    if context.gathered_owners(x) is not None or x.dtype != weight.dtype:
+    if tracker.gathered_owners(x) is not None or x.dtype != weight.dtype:
         raise Uncovered
-    context.rows_per_example(x)
+    tracker.rows_per_example(x)
     return x, weight, bias
 
 
 def _convolve(
-    context: Interception,
+    tracker: Tracker,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     settings: tuple[Any, ...],
 ) -> Tensor:
-    sites = open_if_used(context, weight), open_if_used(context, bias)
+    sites = open_if_used(tracker, weight), open_if_used(tracker, bias)
     output: Tensor = _Convolution.apply(
-        x, weight.detach(), detached(bias), context.root, context, sites, settings
+        x, weight.detach(), detached(bias), tracker.root, tracker, sites, settings
     )
     return output
 
 
-def _patch_embedding(
-    context: Interception, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def _patch_embedding(tracker: Tracker, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Windows side by side: y = W · patch for each, the patches being a reshape of x."""
     kernel = list(weight.shape[2:])
     counts = [size // k for size, k in zip(x.shape[2:], kernel, strict=True)]
@@ -165,8 +148,8 @@ def _patch_embedding(
     places = [2 + 2 * axis for axis in range(axes)]
     inside = [3 + 2 * axis for axis in range(axes)]
     patches = x.reshape(*x.shape[:2], *split).permute(0, *places, 1, *inside)
-    patches = context.follow(patches.reshape(x.shape[0], -1, weight[0].numel()), x)
-    output = linear(context, patches, weight.flatten(1), bias)
+    patches = tracker.follow(patches.reshape(x.shape[0], -1, weight[0].numel()), x)
+    output = linear(tracker, patches, weight.flatten(1), bias)
     return output.transpose(1, 2).reshape(x.shape[0], weight.shape[0], *counts)
 
 

@@ -6,17 +6,17 @@ p_n = p, one copy (a view) per example, and the gradient of p_n is the example's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.operations.registry import argument, covers
+from hf_ewc.fisher.operations.registry import covers
 from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.parts import DensePart, LookupPart, RowPart
-from hf_ewc.fisher.uses.rows import Uncovered
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _Expand(torch.autograd.Function):
@@ -65,54 +65,52 @@ class _Rows(torch.autograd.Function):
         return None, None, None, None
 
 
-def batched(
-    context: Interception, used: Tensor, reference: Tensor, rank: int | None = None
-) -> Tensor:
+def batched(tracker: Tracker, used: Tensor, reference: Tensor, rank: int | None = None) -> Tensor:
     """`used` with an axis of examples, so that it broadcasts against `reference` (R, …).
 
     The result has `rank` axes, by default those of `reference`.
     """
     rank = reference.dim() if rank is None else rank
-    if context.gathered_owners(reference) is None:
-        context.rows_per_example(reference)
+    if tracker.gathered_owners(reference) is None:
+        tracker.rows_per_example(reference)
     if used.dim() == rank and used.shape[0] == reference.shape[0]:
         if used.stride(0) != 0:
-            return _row_by_row(context, used, reference)
+            return _row_by_row(tracker, used, reference)
         used = used.narrow(0, 0, 1)
     if used.dim() == rank:
         if used.shape[0] != 1:
             raise Uncovered
-        expanded = _expand(context, used).squeeze(1)
+        expanded = _expand(tracker, used).squeeze(1)
     elif used.dim() < rank:
         ones = [1] * (rank - 1 - used.dim())
-        expanded = _expand(context, used)
-        expanded = expanded.reshape(context.num_examples, *ones, *used.shape)
+        expanded = _expand(tracker, used)
+        expanded = expanded.reshape(tracker.num_examples, *ones, *used.shape)
     else:
         raise Uncovered
-    if reference.shape[0] == context.num_examples and context.gathered_owners(reference) is None:
+    if reference.shape[0] == tracker.num_examples and tracker.gathered_owners(reference) is None:
         return expanded
-    return expanded.index_select(0, context.owners(reference))
+    return expanded.index_select(0, tracker.owners(reference))
 
 
-def _expand(context: Interception, used: Tensor) -> Tensor:
-    looked_up = context.lookups.get(used)
+def _expand(tracker: Tracker, used: Tensor) -> Tensor:
+    looked_up = tracker.lookups.get(used)
     weight, indices = looked_up if looked_up is not None else (used, None)
-    site = context.open(weight)
-    output: Tensor = _Expand.apply(used.detach(), context.root, context.num_examples, site, indices)
+    site = tracker.open(weight)
+    output: Tensor = _Expand.apply(used.detach(), tracker.root, tracker.num_examples, site, indices)
     return output
 
 
-def _row_by_row(context: Interception, used: Tensor, reference: Tensor) -> Tensor:
-    site = context.open(used)
-    output: Tensor = _Rows.apply(used.detach(), context.root, context.owners(reference), site)
+def _row_by_row(tracker: Tracker, used: Tensor, reference: Tensor) -> Tensor:
+    site = tracker.open(used)
+    output: Tensor = _Rows.apply(used.detach(), tracker.root, tracker.owners(reference), site)
     return output
 
 
-def _reference(context: Interception, operands: Sequence[Any]) -> Tensor:
+def _reference(tracker: Tracker, operands: Sequence[Any]) -> Tensor:
     """The operand that carries examples along the first axis of the result."""
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     rank = max(tensor.dim() for tensor in tensors)
-    carriers = [t for t in tensors if not context.is_shared(t) and t.dim() == rank and rank > 0]
+    carriers = [t for t in tensors if not tracker.is_shared(t) and t.dim() == rank and rank > 0]
     if not carriers:
         raise Uncovered
     return max(carriers, key=lambda tensor: tensor.shape[0])
@@ -126,74 +124,60 @@ _TERNARY = "where addcmul lerp"
 
 
 @covers(*" ".join((_BINARY, _REFLECTED, _OPERATORS, _IN_PLACE, _TERNARY)).split())
-def _handle_elementwise(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    in_place = func.__name__ in _IN_PLACE.split()
-    if in_place and context.is_shared(args[0]):
+def _handle_elementwise(tracker: Tracker, call: Call) -> Any:
+    in_place = call.name in _IN_PLACE.split()
+    if in_place and tracker.is_shared(call.args[0]):
         raise Uncovered
-    reference = _reference(context, [*args, *kwargs.values()])
+    reference = _reference(tracker, [*call.args, *call.kwargs.values()])
 
     def prepare(value: Any) -> Any:
-        return batched(context, value, reference) if context.is_used(value) else value
+        return batched(tracker, value, reference) if tracker.is_used(value) else value
 
-    return func(*map(prepare, args), **{name: prepare(value) for name, value in kwargs.items()})
+    options = {name: prepare(value) for name, value in call.kwargs.items()}
+    return call.func(*map(prepare, call.args), **options)
 
 
 @covers("cat", "concat", "concatenate", "stack")
-def _handle_concatenation(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    tensors = list(args[0] if args else kwargs["tensors"])
-    axis = argument(args, kwargs, 1, "dim", 0)
-    reference = _reference(context, tensors)
-    if axis % (reference.dim() + (func.__name__ == "stack")) == 0:
+def _handle_concatenation(tracker: Tracker, call: Call) -> Any:
+    tensors = list(call.argument(0, "tensors"))
+    axis = call.argument(1, "dim", 0)
+    reference = _reference(tracker, tensors)
+    if axis % (reference.dim() + (call.name == "stack")) == 0:
         raise Uncovered
     if any(tensor.shape[0] != reference.shape[0] for tensor in tensors):
         raise Uncovered
     prepared = [
-        batched(context, tensor, reference) if context.is_used(tensor) else tensor
+        batched(tracker, tensor, reference) if tracker.is_used(tensor) else tensor
         for tensor in tensors
     ]
     widest = [tensor.expand(reference.shape[0], *tensor.shape[1:]) for tensor in prepared]
-    return func(widest, dim=axis)
+    return call.func(widest, dim=axis)
 
 
 @covers("scaled_dot_product_attention")
-def _handle_attention(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _handle_attention(tracker: Tracker, call: Call) -> Any:
     """Learnt queries (poolers, perceivers), and a learnt bias on the scores (T5, Swin) as mask."""
     names = ("query", "key", "value", "attn_mask")
-    operands = [argument(args, kwargs, i, name) for i, name in enumerate(names)]
-    carriers = [tensor for tensor in operands[:3] if not context.is_shared(tensor)]
+    operands = [call.argument(i, name) for i, name in enumerate(names)]
+    carriers = [tensor for tensor in operands[:3] if not tracker.is_shared(tensor)]
     if not carriers:
         raise Uncovered
     prepared = [
-        batched(context, operand, carriers[0]) if context.is_used(operand) else operand
+        batched(tracker, operand, carriers[0]) if tracker.is_used(operand) else operand
         for operand in operands
     ]
-    options = {name: value for name, value in kwargs.items() if name not in names}
-    return func(*prepared, *args[4:], **options)
+    options = {name: value for name, value in call.kwargs.items() if name not in names}
+    return call.func(*prepared, *call.args[4:], **options)
 
 
-def multiply(context: Interception, x: Tensor, scale: Any) -> Tensor:
+def multiply(tracker: Tracker, x: Tensor, scale: Any) -> Tensor:
     """x · scale, where scale may be a parameter."""
-    return x * (batched(context, scale, x) if _is_parameter(scale) else scale)
+    return x * (batched(tracker, scale, x) if _is_parameter(scale) else scale)
 
 
-def add(context: Interception, x: Tensor, shift: Any) -> Tensor:
+def add(tracker: Tracker, x: Tensor, shift: Any) -> Tensor:
     """x + shift, where shift may be a parameter."""
-    return x + (batched(context, shift, x) if _is_parameter(shift) else shift)
+    return x + (batched(tracker, shift, x) if _is_parameter(shift) else shift)
 
 
 def _is_parameter(value: Any) -> bool:

@@ -5,17 +5,16 @@ For the rows R_ne that example n sends to expert e, ∂/∂W_e of example n = Σ
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.operations.registry import argument, covers
+from hf_ewc.fisher.operations.registry import covers
 from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.parts import RaggedPart
-from hf_ewc.fisher.uses.rows import Uncovered
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -57,21 +56,16 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 @covers("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-def _handle_grouped(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x, weight, offsets = args[0], args[1], argument(args, kwargs, 2, "offs")
-    if x.dim() != 2 or weight.dim() != 3 or offsets is None or not context.is_shared(weight):
+def _handle_grouped(tracker: Tracker, call: Call) -> Any:
+    x, weight, offsets = call.args[0], call.args[1], call.argument(2, "offs")
+    if x.dim() != 2 or weight.dim() != 3 or offsets is None or not tracker.is_shared(weight):
         raise Uncovered
     stops = offsets.tolist()
     bounds = list(zip([0, *stops[:-1]], stops, strict=True))
     sites = [
-        context.open(weight[expert].t()) if start < stop else None
+        tracker.open(weight[expert].t()) if start < stop else None
         for expert, (start, stop) in enumerate(bounds)
     ]
-    owners = context.owners(x)
-    arguments = context.root, owners, context.num_examples, bounds, sites
+    owners = tracker.owners(x)
+    arguments = tracker.root, owners, tracker.num_examples, bounds, sites
     return _GroupedProduct.apply(x, weight.detach(), *arguments)

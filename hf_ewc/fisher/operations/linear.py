@@ -7,7 +7,6 @@ With inputs xₙ (T×I) and output gradients gₙ (T×O) of example n, ∂/∂W 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from hf_ewc.fisher.operations.elementwise import batched
 from hf_ewc.fisher.operations.registry import (
-    argument,
     covers,
     detached,
     open_if_used,
@@ -24,9 +22,9 @@ from hf_ewc.fisher.operations.registry import (
     unviewed,
 )
 from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.parts import DensePart, LinearPart, RaggedPart
-from hf_ewc.fisher.uses.rows import Uncovered
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _Linear(torch.autograd.Function):
@@ -39,11 +37,11 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         root: Tensor,
-        context: Interception,
+        tracker: Tracker,
         sites: tuple[Site | None, Site | None],
         owners: Tensor | None,
     ) -> Tensor:
-        ctx.context, ctx.sites, ctx.owners = context, sites, owners
+        ctx.tracker, ctx.sites, ctx.owners = tracker, sites, owners
         ctx.save_for_backward(x, weight)
         return unviewed(F.linear(x, weight, bias))
 
@@ -52,32 +50,32 @@ class _Linear(torch.autograd.Function):
         (gradient,) = outputs
         x, weight = ctx.saved_tensors
         weight_site, bias_site = ctx.sites
-        context, owners = ctx.context, ctx.owners
+        tracker, owners = ctx.tracker, ctx.owners
         if bias_site is not None:
-            bias_site.deliver(DensePart(sum_rows_by_example(context, gradient, owners)))
+            bias_site.deliver(DensePart(sum_rows_by_example(tracker, gradient, owners)))
         if weight_site is not None and owners is not None:
             rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-            weight_site.deliver(RaggedPart(*rows, owners, context.num_examples))
+            weight_site.deliver(RaggedPart(*rows, owners, tracker.num_examples))
         elif weight_site is not None:
-            part = LinearPart(context.per_example(gradient), context.per_example(x))
+            part = LinearPart(tracker.per_example(gradient), tracker.per_example(x))
             weight_site.deliver(part)
         of_input = gradient @ weight if ctx.needs_input_grad[0] else None
         return of_input, None, None, None, None, None, None
 
 
-def linear(context: Interception, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(tracker: Tracker, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias) with the uses of weight and bias opened in the ledger."""
-    if x.dim() < 2 or weight.dim() != 2 or context.is_shared(x):
+    if x.dim() < 2 or weight.dim() != 2 or tracker.is_shared(x):
         raise Uncovered
-    owners = context.gathered_owners(x)
+    owners = tracker.gathered_owners(x)
     if owners is None:
-        context.rows_per_example(x)
+        tracker.rows_per_example(x)
     elif x.dim() > 2:
         owners = owners.repeat_interleave(math.prod(x.shape[1:-1]))
-    sites = open_if_used(context, weight), open_if_used(context, bias)
+    sites = open_if_used(tracker, weight), open_if_used(tracker, bias)
     x, weight, bias = _autocast(x, weight, bias)
     output: Tensor = _Linear.apply(
-        x, weight.detach(), detached(bias), context.root, context, sites, owners
+        x, weight.detach(), detached(bias), tracker.root, tracker, sites, owners
     )
     return output
 
@@ -95,77 +93,60 @@ def _autocast(
 
 
 @covers("linear")
-def _handle_linear(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x = argument(args, kwargs, 0, "input")
-    weight, bias = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 2, "bias")
-    _require_shared(context, weight, bias)
-    return linear(context, x, weight, bias)
+def _handle_linear(tracker: Tracker, call: Call) -> Any:
+    x = call.argument(0, "input")
+    weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+    _require_shared(tracker, weight, bias)
+    return linear(tracker, x, weight, bias)
 
 
 @covers("addmm")
-def _handle_addmm(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _handle_addmm(tracker: Tracker, call: Call) -> Any:
     """b + x W, the spelling of GPT-2's Conv1D: a linear map with the transposed weight."""
-    bias, x, weight = (
-        argument(args, kwargs, i, n) for i, n in enumerate(("input", "mat1", "mat2"))
-    )
-    if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1 or bias.dim() != 1:
+    bias, x, weight = (call.argument(i, n) for i, n in enumerate(("input", "mat1", "mat2")))
+    if call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1 or bias.dim() != 1:
         raise Uncovered
-    _require_shared(context, weight, bias)
-    return linear(context, x, weight.t(), bias)
+    _require_shared(tracker, weight, bias)
+    return linear(tracker, x, weight.t(), bias)
 
 
 @covers("matmul", "mm", "bmm", "__matmul__", "__rmatmul__")
-def _handle_matmul(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    left = argument(args, kwargs, 0, "input")
-    right = argument(args, kwargs, 1, "mat2" if "mat2" in kwargs else "other")
-    if func is torch.Tensor.__rmatmul__:
+def _handle_matmul(tracker: Tracker, call: Call) -> Any:
+    left = call.argument(0, "input")
+    right = call.argument(1, "mat2" if "mat2" in call.kwargs else "other")
+    if call.func is torch.Tensor.__rmatmul__:
         left, right = right, left
-    if context.is_shared(right):
-        return times_weight(context, left, right)
+    if tracker.is_shared(right):
+        return times_weight(tracker, left, right)
     if left.dim() >= 2 and right.dim() >= 3:  # W x = (xᵀ Wᵀ)ᵀ
-        x = context.follow(right.transpose(-1, -2), right)
-        return times_weight(context, x, left.transpose(-1, -2)).transpose(-1, -2)
+        x = tracker.follow(right.transpose(-1, -2), right)
+        return times_weight(tracker, x, left.transpose(-1, -2)).transpose(-1, -2)
     raise Uncovered
 
 
-def times_weight(context: Interception, x: Tensor, weight: Tensor) -> Tensor:
+def times_weight(tracker: Tracker, x: Tensor, weight: Tensor) -> Tensor:
     """x @ W for W (I,), (I, O) or, paired with an axis of x, (…, I, O)."""
     if weight.dim() == 1:
-        return linear(context, x, weight.unsqueeze(0), None).squeeze(-1)
+        return linear(tracker, x, weight.unsqueeze(0), None).squeeze(-1)
     if weight.dim() == 2:
-        return linear(context, x, weight.t(), None)
+        return linear(tracker, x, weight.t(), None)
     axis = x.dim() - weight.dim()
     if axis not in (0, 1):
         raise Uncovered
-    if not context.is_direct(weight) or weight.shape[0] != x.shape[axis]:
-        return x @ batched(context, weight, x)
-    slices = [_slicetimes_weight(context, x, weight, axis, i) for i in range(weight.shape[0])]
+    if not tracker.is_direct(weight) or weight.shape[0] != x.shape[axis]:
+        return x @ batched(tracker, weight, x)
+    slices = [_slice_times_weight(tracker, x, weight, axis, i) for i in range(weight.shape[0])]
     return torch.stack(slices, dim=axis)
 
 
-def _slicetimes_weight(
-    context: Interception, x: Tensor, weight: Tensor, axis: int, index: int
+def _slice_times_weight(
+    tracker: Tracker, x: Tensor, weight: Tensor, axis: int, index: int
 ) -> Tensor:
     part = x.select(axis, index)
-    part = context.follow(part, x if axis else part)
-    return times_weight(context, part, weight[index])
+    part = tracker.follow(part, x if axis else part)
+    return times_weight(tracker, part, weight[index])
 
 
-def _require_shared(context: Interception, *operands: Tensor | None) -> None:
-    if not all(operand is None or context.is_shared(operand) for operand in operands):
+def _require_shared(tracker: Tracker, *operands: Tensor | None) -> None:
+    if not all(operand is None or tracker.is_shared(operand) for operand in operands):
         raise Uncovered

@@ -5,18 +5,17 @@ With indices i_nt and output gradients g_nt, ∂/∂W[v] of example n = Σ_t [i_
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ewc.fisher.operations.registry import argument, covers, unviewed
+from hf_ewc.fisher.operations.registry import covers, unviewed
 from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.parts import LookupPart, RowLookupPart
-from hf_ewc.fisher.uses.rows import Uncovered
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _Lookup(torch.autograd.Function):
@@ -28,12 +27,12 @@ class _Lookup(torch.autograd.Function):
         indices: Tensor,
         weight: Tensor,
         root: Tensor,
-        context: Interception,
+        tracker: Tracker,
         site: Site | None,
         owners: Tensor | None,
         padding: int | None,
     ) -> Tensor:
-        ctx.context, ctx.site, ctx.owners, ctx.padding = context, site, owners, padding
+        ctx.tracker, ctx.site, ctx.owners, ctx.padding = tracker, site, owners, padding
         ctx.save_for_backward(indices)
         return unviewed(F.embedding(indices, weight))
 
@@ -49,66 +48,56 @@ class _Lookup(torch.autograd.Function):
             flat = gradient.reshape(-1, gradient.shape[-1])
             ctx.site.deliver(RowLookupPart(indices.flatten(), flat, ctx.owners))
         else:
-            rows = indices.reshape(ctx.context.num_examples, -1)
-            ctx.site.deliver(LookupPart(rows, ctx.context.per_example(gradient)))
+            rows = indices.reshape(ctx.tracker.num_examples, -1)
+            ctx.site.deliver(LookupPart(rows, ctx.tracker.per_example(gradient)))
         return (None,) * 7
 
 
 def look_up(
-    context: Interception, indices: Tensor, weight: Tensor, padding: int | None = None
+    tracker: Tracker, indices: Tensor, weight: Tensor, padding: int | None = None
 ) -> Tensor:
     """weight[indices] for a weight (V, D) and integer indices that carry examples."""
     if weight.dim() != 2 or indices.dim() == 0 or indices.is_floating_point():
         raise Uncovered
-    owners = context.gathered_owners(indices)
+    owners = tracker.gathered_owners(indices)
     if owners is None:
-        context.rows_per_example(indices)
+        tracker.rows_per_example(indices)
     elif indices.dim() > 1:
         raise Uncovered
-    site = context.open(weight)
+    site = tracker.open(weight)
     output: Tensor = _Lookup.apply(
-        indices, weight.detach(), context.root, context, site, owners, padding
+        indices, weight.detach(), tracker.root, tracker, site, owners, padding
     )
     return output
 
 
 @covers("embedding")
-def _handle_embedding(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    if func is not F.embedding:
+def _handle_embedding(tracker: Tracker, call: Call) -> Any:
+    if call.func is not F.embedding:
         raise Uncovered
     names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    options = {name: argument(args, kwargs, i, name) for i, name in enumerate(names, start=2)}
+    options = {name: call.argument(i, name) for i, name in enumerate(names, start=2)}
     if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
         raise Uncovered
-    indices, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+    indices, weight = call.argument(0, "input"), call.argument(1, "weight")
     padding = options["padding_idx"]
     if padding is not None and padding < 0:
         padding += weight.shape[0]
-    return look_up(context, indices, weight, padding)
+    return look_up(tracker, indices, weight, padding)
 
 
 @covers("__getitem__", "index_select")
-def _handle_indexing(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    weight, indices = args[0], args[-1]
-    if func.__name__ == "index_select" and args[1] != 0:
+def _handle_indexing(tracker: Tracker, call: Call) -> Any:
+    weight, indices = call.args[0], call.args[-1]
+    if call.name == "index_select" and call.args[1] != 0:
         raise Uncovered
-    if not context.is_used(weight) or not isinstance(indices, Tensor):
+    if not tracker.is_used(weight) or not isinstance(indices, Tensor):
         raise Uncovered
     if indices.dtype == torch.bool or indices.is_floating_point():
         raise Uncovered
     if indices.dim() == 0:  # one row, chosen by the data: a view, as if chosen by a number
-        return context.share(weight[int(indices)])
+        return tracker.share(weight[int(indices)])
     rows = weight.reshape(weight.shape[0], -1)
-    wrapped = context.follow(indices % weight.shape[0], indices)
-    picked = look_up(context, wrapped, rows)
+    wrapped = tracker.follow(indices % weight.shape[0], indices)
+    picked = look_up(tracker, wrapped, rows)
     return picked.reshape(*indices.shape, *weight.shape[1:])

@@ -6,7 +6,6 @@ others are normalized without affine parameters, which are then applied element 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ewc.fisher.operations.elementwise import add, multiply
-from hf_ewc.fisher.operations.registry import argument, covers, detached, open_if_used
+from hf_ewc.fisher.operations.registry import covers, detached, open_if_used
 from hf_ewc.fisher.uses.account import Site
+from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.parts import DensePart
-from hf_ewc.fisher.uses.rows import Uncovered
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -33,11 +32,11 @@ class _LayerNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         root: Tensor,
-        context: Interception,
+        tracker: Tracker,
         sites: tuple[Site | None, Site | None],
     ) -> Tensor:
         output, mean, scale = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.shape, ctx.context, ctx.sites = shape, context, sites
+        ctx.shape, ctx.tracker, ctx.sites = shape, tracker, sites
         ctx.save_for_backward(x, mean, scale, weight, bias)
         return output
 
@@ -46,7 +45,7 @@ class _LayerNorm(torch.autograd.Function):
         (gradient,) = outputs
         x, mean, scale, weight, bias = ctx.saved_tensors
         weight_site, bias_site = ctx.sites
-        rows = (ctx.context.num_examples, -1, *ctx.shape)
+        rows = (ctx.tracker.num_examples, -1, *ctx.shape)
         if weight_site is not None:
             product = (x - mean).mul_(scale).mul_(gradient)
             weight_site.deliver(DensePart(product.reshape(rows).sum(1)))
@@ -61,78 +60,58 @@ class _LayerNorm(torch.autograd.Function):
 
 
 @covers("layer_norm")
-def _handle_layer_norm(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x, shape = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "normalized_shape")
-    weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
-    eps = argument(args, kwargs, 4, "eps", 1e-5)
-    if func is not F.layer_norm:
+def _handle_layer_norm(tracker: Tracker, call: Call) -> Any:
+    x, shape = call.argument(0, "input"), call.argument(1, "normalized_shape")
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    eps = call.argument(4, "eps", 1e-5)
+    if call.func is not F.layer_norm:
         raise Uncovered
-    plain = context.gathered_owners(x) is None and x.dim() > len(shape)
+    plain = tracker.gathered_owners(x) is None and x.dim() > len(shape)
     if plain and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-        context.rows_per_example(x)
-        sites = open_if_used(context, weight), open_if_used(context, bias)
+        tracker.rows_per_example(x)
+        sites = open_if_used(tracker, weight), open_if_used(tracker, bias)
         arguments = x, list(shape), detached(weight), detached(bias), eps
-        return _LayerNorm.apply(*arguments, context.root, context, sites)
+        return _LayerNorm.apply(*arguments, tracker.root, tracker, sites)
     normalized = F.layer_norm(x, shape, None, None, eps)
-    return _affine(context, normalized, weight, bias, like=x)
+    return _affine(tracker, normalized, weight, bias, like=x)
 
 
 @covers("rms_norm")
-def _handle_rms_norm(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x, shape = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "normalized_shape")
-    weight, eps = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "eps")
-    return _affine(context, F.rms_norm(x, shape, None, eps), weight, None, like=x)
+def _handle_rms_norm(tracker: Tracker, call: Call) -> Any:
+    x, shape = call.argument(0, "input"), call.argument(1, "normalized_shape")
+    weight, eps = call.argument(2, "weight"), call.argument(3, "eps")
+    return _affine(tracker, F.rms_norm(x, shape, None, eps), weight, None, like=x)
 
 
 @covers("group_norm")
-def _handle_group_norm(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x, groups = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "num_groups")
-    weight, bias = argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias")
-    eps = argument(args, kwargs, 4, "eps", 1e-5)
+def _handle_group_norm(tracker: Tracker, call: Call) -> Any:
+    x, groups = call.argument(0, "input"), call.argument(1, "num_groups")
+    weight, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    eps = call.argument(4, "eps", 1e-5)
     normalized = F.group_norm(x, groups, None, None, eps)
-    return _affine(context, normalized, _per_channel(weight, x), _per_channel(bias, x), like=x)
+    return _affine(tracker, normalized, _per_channel(weight, x), _per_channel(bias, x), like=x)
 
 
 @covers("batch_norm")
-def _handle_batch_norm(
-    context: Interception,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _handle_batch_norm(tracker: Tracker, call: Call) -> Any:
     """Batch norm with its running statistics; with the batch's own, examples are coupled."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training")
     x, mean, variance, weight, bias, training = (
-        argument(args, kwargs, i, name) for i, name in enumerate(names)
+        call.argument(i, name) for i, name in enumerate(names)
     )
-    if training or func is not F.batch_norm or mean is None:
+    if training or call.func is not F.batch_norm or mean is None:
         raise Uncovered
-    eps = argument(args, kwargs, 7, "eps", 1e-5)
+    eps = call.argument(7, "eps", 1e-5)
     normalized = F.batch_norm(x, mean, variance, None, None, False, 0.0, eps)
-    return _affine(context, normalized, _per_channel(weight, x), _per_channel(bias, x), like=x)
+    return _affine(tracker, normalized, _per_channel(weight, x), _per_channel(bias, x), like=x)
 
 
 def _per_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.view(-1, *[1] * (x.dim() - 2))
 
 
-def _affine(context: Interception, x: Tensor, weight: Any, bias: Any, *, like: Tensor) -> Tensor:
-    context.follow(x, like)
+def _affine(tracker: Tracker, x: Tensor, weight: Any, bias: Any, *, like: Tensor) -> Tensor:
+    tracker.follow(x, like)
     if weight is not None:
-        x = context.follow(multiply(context, x, weight), like)
-    return x if bias is None else add(context, x, bias)
+        x = tracker.follow(multiply(tracker, x, weight), like)
+    return x if bias is None else add(tracker, x, bias)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.uses.account import Site
-from hf_ewc.fisher.uses.tracking import Interception
+from hf_ewc.fisher.uses.call import Call
+from hf_ewc.fisher.uses.tracking import Tracker
 
-# Called in place of func(*args, **kwargs): returns the same output, with the uses of selected
-# parameters cut from the graph and opened in the ledger; raises `Uncovered` where it cannot.
-Handler = Callable[[Interception, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+# Called in place of a torch function: returns the same output, with the uses of selected parameters
+# cut from the graph and opened in the ledger; raises `Uncovered` where it cannot.
+Handler = Callable[[Tracker, Call], Any]
 _HANDLERS: dict[str, Handler] = {}
 
 
@@ -36,19 +37,12 @@ def find_handler(func: Callable[..., Any], name: str) -> Handler | None:
     return _HANDLERS.get(name.rsplit(".", 1)[-1])
 
 
-def argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None
-) -> Any:
-    """An argument of a torch function, given by position or by name."""
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
-def sum_rows_by_example(context: Interception, rows: Tensor, owners: Tensor | None) -> Tensor:
+def sum_rows_by_example(tracker: Tracker, rows: Tensor, owners: Tensor | None) -> Tensor:
     """(B·k, …, D) → (B, D), each example's rows summed, in fp32 at least."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if owners is None:
-        return rows.reshape(context.num_examples, -1, rows.shape[-1]).sum(1, dtype=dtype)
-    sums = rows.new_zeros(context.num_examples, rows.shape[-1], dtype=dtype)
+        return rows.reshape(tracker.num_examples, -1, rows.shape[-1]).sum(1, dtype=dtype)
+    sums = rows.new_zeros(tracker.num_examples, rows.shape[-1], dtype=dtype)
     return sums.index_add_(0, owners, rows.reshape(-1, rows.shape[-1]).to(dtype))
 
 
@@ -56,8 +50,8 @@ def detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def open_if_used(context: Interception, value: Any) -> Site | None:
-    return context.open(value) if isinstance(value, Tensor) and value.requires_grad else None
+def open_if_used(tracker: Tracker, value: Any) -> Site | None:
+    return tracker.open(value) if isinstance(value, Tensor) and value.requires_grad else None
 
 
 def unviewed(output: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from hf_ewc.fisher.sharded.units import Unit, units_of
 from hf_ewc.fisher.team import Team
 from hf_ewc.fisher.uses.account import Account
 from hf_ewc.fisher.uses.ledger import Ledger
+from hf_ewc.fisher.uses.nested import tensors_in
 from hf_ewc.parameters import sharding
 
 # Named so since torch 2.13.
@@ -109,7 +110,7 @@ class ShardedLedger(Ledger):
             self._begin(unit)
 
         def watch(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in _tensors(output):
+            for tensor in tensors_in(output):
                 if tensor.requires_grad:
                     tensor.register_hook(begin)
 
@@ -230,13 +231,3 @@ def _refuse_others(
                 "yet that gathers them for a forward. Consolidate after trainer.train(), or load "
                 "the model without ZeRO-3 to estimate its Fisher."
             )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

@@ -8,36 +8,38 @@ parameter that meets such rows is not covered.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_ewc.fisher.uses.call import Call, Uncovered
+from hf_ewc.fisher.uses.table import TensorTable
 
-class Uncovered(Exception):
-    """Raised by a handler that cannot account for this use; the operation then runs as it is."""
-
-
-class TensorTable:
-    """A property of tensors, kept by identity for as long as each tensor lives."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._entries)
-
-    def put(self, tensor: Tensor, value: Any = True) -> None:
-        self._entries[id(tensor)] = (weakref.ref(tensor), value)
-
-    def get(self, tensor: Tensor) -> Any:
-        entry = self._entries.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
-
-    def drop(self, tensor: Tensor) -> None:
-        self._entries.pop(id(tensor), None)
+_UNKNOWN = object()
+# How many rows come out, and whose, depends on the data.
+_PICKING = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
+_JOINING = frozenset({"cat", "concat", "concatenate", "stack", "vstack"})
+_SPLITTING = frozenset({"split", "chunk", "split_with_sizes", "tensor_split"})
+# Rows come out in another order, or as another axis.
+_TRANSPOSING = {
+    "transpose",
+    "t",
+    "permute",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "__get__",
+}
+_REORDERING = {"flip", "roll", "rot90", "cumsum", "cumprod", "sort", "argsort", "topk", "gather"}
+_MOVING = frozenset(_TRANSPOSING | _REORDERING | {"einsum", "bmm"})
+# Rows are written into the first argument, which keeps its own.
+_WRITERS = ("index_add", "index_copy", "index_put", "index_fill", "masked_scatter", "scatter")
+_SCATTERS = ("scatter_add", "scatter_reduce")
+_IN_PLACE = {name + "_" for name in (*_WRITERS, *_SCATTERS, "copy")}
+_WRITING = frozenset({"__setitem__", *_WRITERS, *_SCATTERS} | _IN_PLACE)
 
 
 class RowOwners:
@@ -81,15 +83,15 @@ class RowOwners:
         """The rows of `target` are those of `source`."""
         self._put(target, self._table.get(source))
 
-    def follow(self, name: str, args: Sequence[Any], inputs: list[Tensor], result: Any) -> None:
+    def follow(self, call: Call, inputs: list[Tensor], outputs: Sequence[Tensor]) -> None:
         """Note the owners of the rows that an operation returned."""
-        if name in ("__getitem__", "index_select") and self._follow_index(name, args, result):
+        name, args = call.name, call.args
+        if name in ("__getitem__", "index_select") and self._follow_index(name, args, outputs[0]):
             return
-        outputs = _flat(result)
         if name in ("sort", "argsort", "topk") and args[0].dim() == 1:
             self._follow_sort(args[0], outputs)
             return
-        if name in _PICKING or _picks_by_data(name, args, result):
+        if name in _PICKING or _picks_by_data(call):
             self._forget(outputs)
             return
         if not self._table:
@@ -159,7 +161,7 @@ class RowOwners:
         self._put(result, owners)
         return True
 
-    def _follow_sort(self, source: Tensor, outputs: list[Tensor]) -> None:
+    def _follow_sort(self, source: Tensor, outputs: Sequence[Tensor]) -> None:
         self._forget(outputs)
         if len(outputs) == 2:
             values, order = outputs
@@ -168,7 +170,7 @@ class RowOwners:
             except Uncovered:
                 return
 
-    def _follow_split(self, source: Tensor, outputs: list[Tensor]) -> bool:
+    def _follow_split(self, source: Tensor, outputs: Sequence[Tensor]) -> bool:
         """Blocks of gathered rows; False where it is another axis that is split."""
         owners = self._table.get(source)
         sizes = [output.shape[0] for output in outputs if output.dim()]
@@ -188,7 +190,7 @@ class RowOwners:
             self._table.put(output, _UNKNOWN)
         return True
 
-    def _forget(self, tensors: list[Tensor]) -> None:
+    def _forget(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             self._table.put(tensor, _UNKNOWN)
 
@@ -210,10 +212,10 @@ class RowOwners:
         return torch.arange(self._num_examples, device=device).repeat_interleave(repeats)
 
 
-def _picks_by_data(name: str, args: Sequence[Any], result: Any) -> bool:
-    if name == "where":
-        return isinstance(result, tuple)
-    return name == "repeat_interleave" and len(args) > 1 and isinstance(args[1], Tensor)
+def _picks_by_data(call: Call) -> bool:
+    if call.name == "where":  # with a condition alone it is nonzero()
+        return len(call.args) + len(call.kwargs) == 1
+    return call.name == "repeat_interleave" and isinstance(call.argument(1, "repeats"), Tensor)
 
 
 def _is_index(item: Any) -> bool:
@@ -230,36 +232,3 @@ def _picked(owners: Tensor, items: Sequence[Any], source: Tensor) -> Tensor:
     others = [i.shape for i in items if isinstance(i, Tensor) and i.dtype != torch.bool]
     picked = owners[index.to(owners.device)]
     return picked.expand(torch.broadcast_shapes(*others))
-
-
-def _flat(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, (tuple, list)):
-        return [tensor for item in result for tensor in _flat(item)]
-    return []
-
-
-_UNKNOWN = object()
-# How many rows come out, and whose, depends on the data.
-_PICKING = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"})
-_JOINING = frozenset({"cat", "concat", "concatenate", "stack", "vstack"})
-_SPLITTING = frozenset({"split", "chunk", "split_with_sizes", "tensor_split"})
-# Rows come out in another order, or as another axis.
-_TRANSPOSING = {
-    "transpose",
-    "t",
-    "permute",
-    "movedim",
-    "moveaxis",
-    "swapaxes",
-    "swapdims",
-    "__get__",
-}
-_REORDERING = {"flip", "roll", "rot90", "cumsum", "cumprod", "sort", "argsort", "topk", "gather"}
-_MOVING = frozenset(_TRANSPOSING | _REORDERING | {"einsum", "bmm"})
-# Rows are written into the first argument, which keeps its own.
-_WRITERS = ("index_add", "index_copy", "index_put", "index_fill", "masked_scatter", "scatter")
-_SCATTERS = ("scatter_add", "scatter_reduce")
-_IN_PLACE = {name + "_" for name in (*_WRITERS, *_SCATTERS, "copy")}
-_WRITING = frozenset({"__setitem__", *_WRITERS, *_SCATTERS} | _IN_PLACE)

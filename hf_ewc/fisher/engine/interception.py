@@ -1,0 +1,159 @@
+"""Sees every torch operation of a forward and cuts the uses of the selected parameters.
+
+A `TorchFunctionMode` is called in place of each torch function. Operations that mix a selected
+parameter with the batch go to their handler in `operations`, which computes the same output from
+the detached parameter and, in the backward, delivers that use's per-example gradients to the
+ledger. The autograd graph of the objective then no longer reaches the parameter; if it still does,
+an operation was not covered, and `uncovered_uses` names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hf_ewc.fisher.operations import find_handler
+from hf_ewc.fisher.uses.account import repeats
+from hf_ewc.fisher.uses.call import Call, Uncovered
+from hf_ewc.fisher.uses.graph import leaf_uses, leaves
+from hf_ewc.fisher.uses.nested import tensors_in
+from hf_ewc.fisher.uses.tracking import Tracker
+
+# Results that depend on the shape or dtype of their arguments alone.
+_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
+_NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
+_SHAPE_ONLY = frozenset(_LIKE | _NEW)
+_CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as"})
+# Results that depend on the values of the first argument alone.
+_FIRST_ONLY = frozenset({"to", "type_as", "view_as", "expand_as", "reshape_as"})
+
+
+class Interception(TorchFunctionMode):
+    """Active during one batched forward."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self._tracker = tracker
+        self._operations: dict[int, str] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        call = Call(func, getattr(func, "__name__", str(func)), args, dict(kwargs or {}))
+        if call.name in _SHAPE_ONLY:
+            return call.run()
+        inputs = tensors_in((args, call.kwargs))
+        if call.name in _FIRST_ONLY:
+            inputs = inputs[:1]
+        shared = [tensor for tensor in inputs if self._tracker.is_shared(tensor)]
+        if len(shared) == len(inputs):
+            return self._run_shared(call)
+        used = [tensor for tensor in shared if tensor.requires_grad]
+        result = self._run_covered(call, used) if used and torch.is_grad_enabled() else call.run()
+        self._tracker.follow_call(call, inputs, tensors_in(result))
+        return result
+
+    def _run_shared(self, call: Call) -> Any:
+        # Kept out of checkpointing's storage: derived tensors are pulled back after the backward.
+        with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+            result = _shared_result(call)
+        for tensor in tensors_in(call.args[0] if call.name == "__setitem__" else result):
+            self._tracker.share(tensor)
+        if not isinstance(result, Tensor) or not result.requires_grad:
+            return result
+        if call.func is torch.nn.functional.embedding:
+            _remember_lookup(self._tracker, result, call)
+        elif _is_cast(call, result):
+            self._tracker.note_cast(result, call.args[0])
+        return result
+
+    def _run_covered(self, call: Call, used: list[Tensor]) -> Any:
+        """By the handler, where there is one; as it is otherwise, the operation being noted."""
+        handler = find_handler(call.func, call.name)
+        if handler is not None:
+            with contextlib.suppress(Uncovered):
+                return handler(self._tracker, call)
+        for tensor in used:
+            for leaf in leaves(tensor):
+                self._operations.setdefault(id(leaf), call.name)
+        return call.run()
+
+    def uncovered_uses(self, objective: Tensor) -> list[tuple[str, str]]:
+        """(parameter, operation) of every use that ordinary autograd would still differentiate."""
+        ledger = self._tracker.ledger
+        return [
+            (
+                ledger.name_of(leaf),
+                self._operations.get(id(leaf), node.removesuffix("Backward0")),
+            )
+            for leaf, node in leaf_uses(objective)
+            if ledger.holds(leaf)
+        ]
+
+    def recomputation(self) -> Recomputation:
+        """Active while a non-reentrant checkpoint runs a forward again, once for each backward."""
+        return Recomputation(self, self._tracker)
+
+
+class Recomputation:
+    """A context that can be entered again: with several backward passes it is."""
+
+    def __init__(self, mode: Interception, tracker: Tracker) -> None:
+        self._mode = mode
+        self._tracker = tracker
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self._tracker.recomputing = True
+        self._stack.enter_context(self._mode)
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._stack.close()
+        finally:
+            self._tracker.recomputing = False
+
+
+def _is_cast(call: Call, result: Tensor) -> bool:
+    source = call.args[0]
+    return call.name in _CASTS and result is not source and result.shape == source.shape
+
+
+def _remember_lookup(tracker: Tracker, result: Tensor, call: Call) -> None:
+    indices, weight, padding = (
+        call.argument(i, name) for i, name in enumerate(("input", "weight", "padding_idx"))
+    )
+    if isinstance(weight, Tensor) and tracker.ledger.holds(weight) and padding is None:
+        tracker.lookups.put(result, (weight, indices))
+
+
+def _shared_result(call: Call) -> Any:
+    """What the call returns, where what is repeated for each example is a view of one row."""
+    args = call.args
+    if call.name == "repeat" and args[0].requires_grad and len(args) > 1:
+        return _repeat(*args)
+    if call.name == "view" and repeats(args[0]) and not isinstance(args[-1], torch.dtype):
+        return args[0].reshape(*args[1:], **call.kwargs)
+    return call.run()
+
+
+def _repeat(tensor: Tensor, *sizes: Any) -> Tensor:
+    """tensor.repeat(sizes), repeating along a leading axis of one without copying."""
+    counts = list(sizes[0]) if isinstance(sizes[0], (tuple, list)) else list(sizes)
+    if tensor.dim() == len(counts) > 1 and tensor.shape[0] == 1:
+        rest = tensor if all(n == 1 for n in counts[1:]) else tensor.repeat(1, *counts[1:])
+        return rest.expand(counts[0], *rest.shape[1:])
+    return tensor.repeat(*counts)
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
