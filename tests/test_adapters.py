@@ -3,13 +3,15 @@
 import copy
 import warnings
 
+import fisher_oracle
 import pytest
 import torch
-from models import bert, gpt2, llama, vit
+from models import Examples, bert, gpt2, llama, vit
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from hf_ewc.parameters.adapters import AdaptedWeight, weights_by_name
+from hf_ewc import estimate_fisher
+from hf_ewc.parameters.adapters import AdaptedWeight, gradients_of_weights, weights_by_name
 
 
 def randomized(model):
@@ -149,3 +151,43 @@ def test_an_adapter_on_one_use_of_a_tied_weight_is_refused():
         model = get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="ties"):
         weights_by_name(model)
+
+
+# ---- The Fisher of the weights ----
+
+
+def rows(kind, count=3):
+    batch = [Examples(kind, count)[i] for i in range(count)]
+    return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+
+
+FISHER_MODELS = {
+    "llama": (llama, "llama", dict(target_modules=["q_proj", "down_proj"])),
+    "llama, DoRA": (llama, "llama", dict(target_modules=["q_proj"], use_dora=True)),
+    "gpt2": (gpt2, "gpt2", dict(target_modules=["c_attn"])),
+    "bert": (bert, "bert", dict(target_modules=["query", "word_embeddings"])),
+    "vit": (vit, "vit", dict(target_modules=["q_proj", "projection"])),
+}
+
+
+@pytest.mark.parametrize("name", FISHER_MODELS)
+def test_the_fisher_is_that_of_the_merged_model(name):
+    make, kind, settings = FISHER_MODELS[name]
+    model = adapted(make, **settings)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    frozen = {key: p.requires_grad for key, p in model.named_parameters()}
+    weights = {k: w for k, w in weights_by_name(model).items() if isinstance(w, AdaptedWeight)}
+    with gradients_of_weights(weights):
+        inner = {id(w.layer.get_base_layer().weight): key for key, w in weights.items()}
+        names = {n: inner[id(p)] for n, p in model.named_parameters() if id(p) in inner}
+        fisher = estimate_fisher(
+            model, [rows(kind)], fisher_type="empirical", parameters=list(names), fallback="error"
+        )
+    whole = merged(model).requires_grad_(False)
+    for key, parameter in whole.named_parameters():
+        parameter.requires_grad_(key in weights)
+    expected = fisher_oracle.empirical(whole, rows(kind), shift=kind in ("llama", "gpt2"))
+    found = {names[key]: value for key, value in fisher.diagonal.items()}
+    fisher_oracle.assert_close(found, expected)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert frozen == {key: p.requires_grad for key, p in model.named_parameters()}

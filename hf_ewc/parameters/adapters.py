@@ -8,6 +8,7 @@ and number of adapters it is made of, under the name that it has before PEFT wra
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hf_ewc.parameters.names import canonical_name, class_name, unwrap
+from hf_ewc.parameters.sharding import is_sharded
 
 _CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 
@@ -138,6 +140,44 @@ def weights_by_name(model: nn.Module) -> dict[str, nn.Parameter | AdaptedWeight]
             "ewc_space='adapter'."
         )
     return found
+
+
+@contextmanager
+def gradients_of_weights(weights: Mapping[str, AdaptedWeight]) -> Iterator[None]:
+    """While active, the gradient of each W₀ is taken, and is that of W.
+
+    ∂/∂W₀ = ∂/∂W where W = W₀ + Σ s B A. Where W is something else (DoRA), it takes the place of W₀,
+    and its adapters are off; on leaving everything is as it was, to the bit.
+
+    Raises:
+        ValueError: W would have to take the place of a W₀ that is in shards.
+    """
+    with ExitStack() as stack:
+        for weight in weights.values():
+            if weight.low_rank is None:
+                stack.enter_context(_in_place_of_base(weight))
+            else:
+                stack.callback(weight.base.requires_grad_, weight.base.requires_grad)
+                weight.base.requires_grad_(True)
+        yield
+
+
+@contextmanager
+def _in_place_of_base(weight: AdaptedWeight) -> Iterator[None]:
+    if is_sharded(weight.base):
+        raise ValueError(
+            f"{weight.name} is in shards, and its adapter is no product of two factors (DoRA), so "
+            "its Fisher cannot be taken. Use ewc_space='adapter'."
+        )
+    layer, inner = weight.layer, weight.layer.get_base_layer()
+    disabled = layer._disable_adapters
+    inner.weight = nn.Parameter(weight.current().detach().to(weight.base.dtype))
+    layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        inner.weight = weight.base
+        layer._disable_adapters = disabled
 
 
 def has_adapters(model: nn.Module) -> bool:
