@@ -247,28 +247,32 @@ def _layer_lambdas(value: object) -> dict[str, float] | None:
 
 
 def _modules(name: str, value: object) -> list[str] | str | None:
+    """`value` as None, one regular expression, "all-linear", or a list of suffixes.
+
+    A list of one entry that is no suffix but one of the former, as the command line gives it,
+    stands for that entry.
+    """
     if value is None:
         return None
-    if isinstance(value, (tuple, list, set, frozenset)):
-        entries = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-        if len(entries) == 1 and isinstance(entries[0], str):
-            only = entries[0]
-            if only.lower() == ALL_LINEAR or is_regex(only):
-                value = only
-    if isinstance(value, str):
-        if not value:
-            _refuse(name, value, "a list of module-name suffixes, a regular expression or None")
-        if value.lower() == ALL_LINEAR:
-            return ALL_LINEAR
-        _valid_regex(name, value)
-        return value
-    if (
-        not isinstance(value, (tuple, list, set, frozenset))
-        or not entries
-        or not all(isinstance(entry, str) and entry for entry in entries)
-    ):
+    entries = [value] if isinstance(value, str) else _texts(value)
+    if not entries or not all(entries):
         _refuse(name, value, "a list of module-name suffixes, a regular expression or None")
+    only = entries[0] if len(entries) == 1 else ""
+    if only.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if isinstance(value, str) or is_regex(only):
+        _valid_regex(name, only)
+        return only
     return entries
+
+
+def _texts(value: object) -> list[str]:
+    """The entries of a list, tuple or set of strings, sets in order; empty for anything else."""
+    if not isinstance(value, (tuple, list, set, frozenset)):
+        return []
+    if not all(isinstance(entry, str) for entry in value):
+        return []
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
 def _valid_regex(name: str, pattern: str) -> None:

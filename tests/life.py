@@ -68,9 +68,9 @@ def arm(where: str) -> None:
     from transformers.trainer_callback import TrainerState
 
     if where == "between files of the state":
-        import hf_ewc.storage as storage
+        import hf_ewc.files as files
 
-        kill_at_call(storage.os, "replace", 1, before=False)
+        kill_at_call(files.os, "replace", 1, before=False)
     elif where == "before the reference":
         kill_at_call(checkpoints, "save_reference", 2, before=True)
     elif where == "after the model":

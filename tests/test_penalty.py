@@ -70,7 +70,7 @@ def test_gradients_are_added_in_the_units_of_a_loss_scale() -> None:
     before = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.grad = before[name].clone()
-    penalty_of(EWCState(importance, anchor), model).add_gradients(scale=1024.0)
+    penalty_of(EWCState(importance, anchor), model).add_gradients(loss_scale=1024.0)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         close(parameter.grad, before[name] + 1024 * gradients[name])
@@ -224,7 +224,7 @@ def test_other_weights_are_taken_up_and_zero_leaves_a_parameter_alone() -> None:
     state = EWCState(importance, anchor, offsets=dict.fromkeys(importance, 1.0))
     penalty = penalty_of(state, model)
     weights = {name: 4.0 if name == "matrix" else 0.0 for name in importance}
-    penalty.reweight(weights)
+    penalty.set_strengths(weights)
     _, gradients = oracle(model, importance, anchor, 4.0)
     values = penalty.add_gradients()
     assert penalty.constant == 4.0

@@ -439,6 +439,29 @@ def test_a_lambda_that_a_callback_changes_is_taken_up(tmp_path: Path) -> None:
         trainer.ewc_penalty()
 
 
+def test_patterns_that_are_changed_in_place_are_taken_up(tmp_path: Path) -> None:
+    config = EWCConfig(
+        ewc_lambda=LAMBDA, ewc_layer_lambdas={"layers": LAMBDA}, ewc_exclude_modules=["lm_head"]
+    )
+    recorder, without = GradientRecorder(), GradientRecorder()
+    trainer = ewc_trainer("llama", arguments(tmp_path), 4, ewc_config=config, callbacks=[recorder])
+
+    def elsewhere(_: nn.Module) -> None:
+        config.ewc_layer_lambdas["layers"] = 2 * LAMBDA
+        config.ewc_exclude_modules[0] = "norm"
+
+    trainer.add_callback(AtSteps(elsewhere))
+    trainer.train()
+    plain_trainer("llama", arguments(tmp_path), 4, callbacks=[without]).train()
+    pulls = [difference(a, b) for a, b in zip(recorder.steps, without.steps, strict=True)]
+    first, second = expected_pull(trainer), expected_pull(trainer)
+    for name in first:
+        first[name] *= 0.0 if name == "lm_head.weight" else 1.0
+        second[name] *= 0.0 if name == "model.norm.weight" else 2.0 if "layers" in name else 1.0
+    assert relative_error(pulls[0], first) < 1e-5
+    assert relative_error(pulls[1], second) < 1e-5
+
+
 @pytest.mark.parametrize(
     "where", [{"ewc_exclude_modules": ["lm_head"]}, {"ewc_target_modules": r".*layers.*"}]
 )

@@ -18,10 +18,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def store(state: EWCState, folder: Path, in_checkpoint: bool, write: bool) -> None:
-    """Write ``state`` into ``folder``; for a checkpoint, into its parent, and a reference into it.
+    """Write `state` into `folder`; for a checkpoint, into its parent, and a reference into it.
 
-    Every process has to call it (DTensors are gathered); only those with ``write`` touch files.
-    The Trainer writes ``trainer_state.json`` last, and so marks a checkpoint as complete. One left
+    Every process has to call it (DTensors are gathered); only those with `write` touch files.
+    The Trainer writes `trainer_state.json` last, and so marks a checkpoint as complete. One left
     from an earlier run that is now written over is removed first, and so is its reference.
     """
     if write and in_checkpoint:
@@ -49,9 +49,9 @@ def check_plain(resume: str | bool, output_dir: Path) -> None:
 
 
 def checkpoint_to_resume(resume: str | bool, output_dir: Path) -> str | bool | None:
-    """The checkpoint that ``train(resume_from_checkpoint=resume)`` should continue from.
+    """The checkpoint that `train(resume_from_checkpoint=resume)` should continue from.
 
-    A process that is killed while it saves leaves half a checkpoint behind. ``True`` stands for the
+    A process that is killed while it saves leaves half a checkpoint behind. `True` stands for the
     newest whole one; where there are only halves, training starts over (None).
 
     Raises:
@@ -70,21 +70,26 @@ def checkpoint_to_resume(resume: str | bool, output_dir: Path) -> str | bool | N
                 "resume_from_checkpoint=True to continue from the newest whole one."
             )
         return resume
-    found = _checkpoints(output_dir)
-    whole = [folder for folder in found if is_complete(folder)]
-    if whole:
-        return str(whole[-1])
-    if not found:
+    newest = newest_whole_checkpoint(output_dir)
+    if newest is not None:
+        return str(newest)
+    if not _checkpoints(output_dir):
         return True  # the Trainer's own error for a folder without checkpoints
     logger.warning("No checkpoint in %s is whole; training starts from the beginning.", output_dir)
     return None
+
+
+def newest_whole_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint in `output_dir` of the latest step that was saved to its end, if any."""
+    whole = (folder for folder in reversed(_checkpoints(output_dir)) if is_complete(folder))
+    return next(whole, None)
 
 
 def check_same_everywhere(found: str | bool | None) -> None:
     """Refuse to resume different checkpoints on different processes; every process calls it.
 
     Raises:
-        ValueError: ``found``, what this process would resume, is another on another process.
+        ValueError: `found`, what this process would resume, is another on another process.
     """
     name = None if found is None else Path(str(found)).name
     names = gather_object([name])
@@ -96,7 +101,7 @@ def check_same_everywhere(found: str | bool | None) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer finished writing ``checkpoint``."""
+    """Whether the Trainer finished writing `checkpoint`."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -105,9 +110,9 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def stored_state(checkpoint: Path, given: EWCState) -> EWCState:
-    """The state that ``checkpoint`` was trained with; ``given`` where it refers to none.
+    """The state that `checkpoint` was trained with; `given` where it refers to none.
 
-    Says so in the log where ``given`` holds other tasks.
+    Says so in the log where `given` holds other tasks.
     """
     if not (checkpoint / STATE_FILE).is_file():
         return given

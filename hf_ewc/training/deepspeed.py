@@ -1,4 +1,4 @@
-"""DeepSpeed, whose engine takes the optimizer's step inside ``backward``, on ZeRO's gradients."""
+"""DeepSpeed, whose engine takes the optimizer's step inside `backward`, on ZeRO's gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_ewc.training.penalty import Penalty, Term, piece
 
 
 def around_each_step(engine: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Call ``before`` and ``after`` each optimizer step of ``engine``, when gradients are reduced.
+    """Call `before` and `after` each optimizer step of `engine`, when gradients are reduced.
 
     Called by Accelerate at the end of an accumulation window only. What was given earlier is
     replaced.
@@ -35,15 +35,15 @@ def around_each_step(engine: Any, before: Callable[[], None], after: Callable[[]
 
 @torch.no_grad()
 def add_gradients(penalty: Penalty, engine: Any) -> Tensor:
-    """As ``penalty.add_gradients``, on the fp32 weights and reduced gradients that ZeRO keeps.
+    """As `penalty.add_gradients`, on the fp32 weights and reduced gradients that ZeRO keeps.
 
     With ZeRO-3 each process works on its own partitions; with ZeRO-1 and 2 one parameter at a time
     is gathered. Gradients still carry the loss scale of fp16, which the engine's step removes.
     """
-    scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
+    loss_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
     if not any(_is_partitioned(term.parameter) for term in penalty.terms):
-        return penalty.add_gradients(scale)
-    values = torch.stack([_add(term, scale) for term in penalty.terms])
+        return penalty.add_gradients(loss_scale)
+    values = torch.stack([_add(term, loss_scale) for term in penalty.terms])
     # ZeRO-3 owns all parameters or none.
     return sharding.summed_over_parts(values, penalty.terms[0].parameter)
 
@@ -65,20 +65,20 @@ def clear_gradients(penalty: Penalty) -> None:
 
 
 def _is_partitioned(parameter: Any) -> bool:
-    """Whether ZeRO holds this parameter's gradient itself, in place of ``.grad``.
+    """Whether ZeRO holds this parameter's gradient itself, in place of `.grad`.
 
     The same in every process: ZeRO-1 and 2 give the mapping to all, and fill it for the owners.
     """
     return sharding.is_zero3(parameter) or hasattr(parameter, "_hp_mapping")
 
 
-def _add(term: Term, scale: float) -> Tensor:
+def _add(term: Term, loss_scale: float) -> Tensor:
     """Add one term's gradient; its value over what this process holds of it."""
     from deepspeed import utils
 
     if not term.is_pulled:
         device = sharding.local_part(term.parameter).device
-        frozen = [piece(term, with_gradient=False)] if term.weight > 0 else []
+        frozen = [piece(term, with_gradient=False)] if term.strength > 0 else []
         return value_and_gradient(frozen).sum().to(device, torch.float32)
 
     zero3 = sharding.is_zero3(term.parameter)
@@ -92,10 +92,10 @@ def _add(term: Term, scale: float) -> Tensor:
         term.importance.to(theta.device),
         term.anchor.to(theta.device),
         total.view(-1),
-        term.weight,
-        term.unit,
+        term.strength,
+        term.scale,
         term.index,
     )
-    value = value_and_gradient([own], scale)[0]
+    value = value_and_gradient([own], loss_scale)[0]
     write(term.parameter, total.to(gradient.dtype))
     return value.float()

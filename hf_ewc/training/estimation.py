@@ -16,7 +16,7 @@ from hf_ewc.parameters.selection import select_parameters
 
 
 def fisher_of(trainer: Trainer, model: nn.Module, dataset: Any, config: EWCConfig) -> Fisher:
-    """The Fisher of ``model``, with the trainer's collator and accelerator.
+    """The Fisher of `model`, with the trainer's collator and accelerator.
 
     Args:
         dataset: examples as for training; an iterable data set is read in order.
@@ -41,7 +41,7 @@ def fisher_of(trainer: Trainer, model: nn.Module, dataset: Any, config: EWCConfi
 
 
 def _examples(trainer: Trainer, dataset: Any, batch_size: int) -> tuple[Any, Any]:
-    """``dataset`` and the collator for it, without the columns that the model does not take."""
+    """`dataset` and the collator for it, without the columns that the model does not take."""
     if dataset is None:
         raise ValueError(
             "consolidate() has no data: the trainer has no train_dataset. Pass a data set."

@@ -15,7 +15,7 @@ from torch import Tensor
 CACHE_BLOCK = 1 << 17
 """Elements per block on a CPU: two fp32 scratch blocks of 512 KiB stay in the L2 cache."""
 DEVICE_BLOCK = 1 << 24
-"""Elements per group of ``torch._foreach`` calls on an accelerator: 64 MiB of fp32 scratch each."""
+"""Elements per group of `torch._foreach` calls on an accelerator: 64 MiB of fp32 scratch each."""
 
 
 @dataclass(frozen=True)
@@ -23,32 +23,32 @@ class Piece:
     """One tensor's share of the sum, everything flat and of equal length n.
 
     Args:
-        theta: current values; with ``index`` the whole tensor, of which n entries count.
-        importance: F, [n], any floating dtype; what it stands for is ``importance * unit``.
+        theta: current values; with `index` the whole tensor, of which n entries count.
+        importance: F / scale, [n], any floating dtype.
         anchor: c, [n].
-        gradient: where the gradient is added (as long as ``theta``), or None for the value alone.
-        weight: λ, times the value.
-        unit: what one unit of ``importance`` is worth.
-        index: positions of the n entries in ``theta``, or None when they are all of it.
+        gradient: where the gradient is added (as long as `theta`), or None for the value alone.
+        strength: λ, times the value.
+        scale: what one unit of `importance` is worth: F is `importance * scale`.
+        index: positions of the n entries in `theta`, or None when they are all of it.
     """
 
     theta: Tensor
     importance: Tensor
     anchor: Tensor
     gradient: Tensor | None
-    weight: float = 1.0
-    unit: float = 1.0
+    strength: float = 1.0
+    scale: float = 1.0
     index: Tensor | None = None
 
 
-def value_and_gradient(pieces: Sequence[Piece], scale: float = 1.0) -> Tensor:
-    """λ/2 Σ F (θ − c)² of each piece; adds ``scale`` · λ F (θ − c) to its gradient.
+def value_and_gradient(pieces: Sequence[Piece], loss_scale: float = 1.0) -> Tensor:
+    """λ/2 Σ F (θ − c)² of each piece; adds `loss_scale` · λ F (θ − c) to its gradient.
 
     Computed in fp32 (fp64 for fp64 parameters) whatever the dtypes of the operands.
 
     Args:
         pieces: all on one device.
-        scale: what the gradients in place are multiplied by (a gradient scaler's scale).
+        loss_scale: what the gradients in place are multiplied by (a gradient scaler's scale).
 
     Returns:
         fp32 or fp64, [len(pieces)], on the pieces' device; nothing waits for the device.
@@ -57,11 +57,11 @@ def value_and_gradient(pieces: Sequence[Piece], scale: float = 1.0) -> Tensor:
         return torch.zeros(0)
     device = pieces[0].theta.device
     if _on_host(device):
-        values = [_in_cache(piece, scale) for piece in pieces]
+        values = [_in_cache(piece, loss_scale) for piece in pieces]
         return torch.tensor(values, dtype=torch.float64)
     sums: list[list[Tensor]] = [[] for _ in pieces]
     for members in _groups(pieces):
-        block_sums = _foreach([block for _, block in members], scale)
+        block_sums = _foreach([block for _, block in members], loss_scale)
         for (owner, _), value in zip(members, block_sums, strict=True):
             sums[owner].append(value)
     return torch.stack([torch.stack(parts).sum() for parts in sums])
@@ -71,11 +71,11 @@ def _on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _in_cache(piece: Piece, scale: float) -> float:
+def _in_cache(piece: Piece, loss_scale: float) -> float:
     """One piece on a CPU, block by block through two scratch blocks."""
     dtype = torch.promote_types(piece.theta.dtype, torch.float32)
     scratch = torch.empty(2, min(CACHE_BLOCK, max(piece.importance.numel(), 1)), dtype=dtype)
-    factor = scale * piece.weight * piece.unit
+    factor = loss_scale * piece.strength * piece.scale
     total = 0.0
     for block in _blocks(piece, CACHE_BLOCK):
         size = block.importance.numel()
@@ -86,10 +86,10 @@ def _in_cache(piece: Piece, scale: float) -> float:
         pull = torch.mul(delta, block.importance, out=scratch[1, :size])
         total += torch.dot(delta, pull).item()
         _add(block, pull, factor)
-    return 0.5 * piece.weight * piece.unit * total
+    return 0.5 * piece.strength * piece.scale * total
 
 
-def _foreach(blocks: Sequence[Piece], scale: float) -> tuple[Tensor, ...]:
+def _foreach(blocks: Sequence[Piece], loss_scale: float) -> tuple[Tensor, ...]:
     """Many blocks on an accelerator with a handful of kernels; λ/2 Σ F (θ − c)² of each."""
     device = blocks[0].theta.device
     theta = [b.theta if b.index is None else b.theta[b.index] for b in blocks]
@@ -98,8 +98,8 @@ def _foreach(blocks: Sequence[Piece], scale: float) -> tuple[Tensor, ...]:
     torch._foreach_mul_(delta, pull)
     # F (θ − c)² is nowhere below 0, so its 1-norm is its sum, and that has a foreach kernel.
     values: tuple[Tensor, ...] = tuple(torch._foreach_norm(delta, 1))
-    torch._foreach_mul_(values, [0.5 * b.weight * b.unit for b in blocks])
-    torch._foreach_mul_(pull, [scale * b.weight * b.unit for b in blocks])
+    torch._foreach_mul_(values, [0.5 * b.strength * b.scale for b in blocks])
+    torch._foreach_mul_(pull, [loss_scale * b.strength * b.scale for b in blocks])
     gradients, added = [], []
     for block, force in zip(blocks, pull, strict=True):
         if block.gradient is not None and block.index is None:
@@ -113,7 +113,7 @@ def _foreach(blocks: Sequence[Piece], scale: float) -> tuple[Tensor, ...]:
 
 
 def _wide(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on ``device``, in fp32 or better; themselves where they are so already."""
+    """The tensors on `device`, in fp32 or better; themselves where they are so already."""
     wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
     return [t.to(device, d, non_blocking=True) for t, d in zip(tensors, wide, strict=True)]
 
@@ -129,26 +129,22 @@ def _add(block: Piece, pull: Tensor, factor: float) -> None:
 
 
 def _blocks(piece: Piece, size: int) -> Iterator[Piece]:
-    """``piece`` in consecutive parts of at most ``size`` entries, as views."""
+    """`piece` in consecutive parts of at most `size` entries, as views."""
     if piece.importance.numel() <= size:
         yield piece
         return
-    importances, anchors = _split(piece.importance, size), _split(piece.anchor, size)
+    importances, anchors = piece.importance.split(size), piece.anchor.split(size)
     parts = len(anchors)
     thetas: Sequence[Tensor] = [piece.theta] * parts
     gradients: Sequence[Tensor | None] = [piece.gradient] * parts
     indices: Sequence[Tensor | None] = [None] * parts
     if piece.index is not None:
-        indices = _split(piece.index, size)
+        indices = piece.index.split(size)
     else:
-        thetas = _split(piece.theta, size)
-        gradients = gradients if piece.gradient is None else _split(piece.gradient, size)
+        thetas = piece.theta.split(size)
+        gradients = gradients if piece.gradient is None else piece.gradient.split(size)
     for t, f, c, g, i in zip(thetas, importances, anchors, gradients, indices, strict=True):
-        yield Piece(t, f, c, g, piece.weight, piece.unit, i)
-
-
-def _split(tensor: Tensor, size: int) -> tuple[Tensor, ...]:
-    return torch.split(tensor, size)
+        yield Piece(t, f, c, g, piece.strength, piece.scale, i)
 
 
 def _groups(pieces: Sequence[Piece]) -> Iterator[list[tuple[int, Piece]]]:

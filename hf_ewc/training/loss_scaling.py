@@ -1,6 +1,6 @@
 """Whether a model's loss really is divided by the number of items it is given.
 
-The Trainer passes ``num_items_in_batch`` to every model whose forward takes ``**kwargs``, and then
+The Trainer passes `num_items_in_batch` to every model whose forward takes `**kwargs`, and then
 neither divides the loss by the accumulation steps nor averages it over processes itself. Several
 heads take the number and ignore it (transformers issue 47688), so their task gradient is too large
 by accumulation steps × processes, and λ would change its meaning with both.
@@ -60,7 +60,7 @@ def _models_loss(model: nn.Module, inputs: Mapping[str, Any], **items: Any) -> A
 
 
 def _devices(inputs: Mapping[str, Any]) -> list[torch.device]:
-    """The CUDA devices of the inputs; the CPU's generator is always kept by ``fork_rng``."""
+    """The CUDA devices of the inputs; the CPU's generator is always kept by `fork_rng`."""
     found = {value.device for value in inputs.values() if isinstance(value, Tensor)}
     return [device for device in found if device.type == "cuda"]
 
@@ -72,7 +72,7 @@ def correct_loss_scaling(
     num_items: Tensor | int | None,
     compute_loss: ComputeLoss | None = None,
 ) -> bool:
-    """Let ``trainer`` scale the loss itself if the number of items is ignored; a collective.
+    """Let `trainer` scale the loss itself if the number of items is ignored; a collective.
 
     Says so in the log.
 
@@ -100,6 +100,16 @@ def correct_loss_scaling(
             type(plain if compute_loss is None else trainer).__name__,
         )
     return True
+
+
+def has_own_loss(trainer_type: type, mixin: type) -> bool:
+    """Whether a class between `mixin` and the Trainer computes the loss in its own way."""
+    return any("compute_loss" in vars(c) and c not in (mixin, Trainer) for c in trainer_type.mro())
+
+
+def answers_for_itself(trainer_type: type) -> bool:
+    """Whether a trainer's own class says if its loss is scaled, as TRL's trainers do."""
+    return any("loss_is_scaled_for_ga" in vars(c) and c is not Trainer for c in trainer_type.mro())
 
 
 def _expects_scaled_loss(trainer: Trainer) -> bool:

@@ -10,7 +10,7 @@ from hf_ewc.state.ewc_state import EWCState
 
 
 def add_section(path: Path, config: EWCConfig, state: EWCState) -> None:
-    """Give the card at ``path`` the tag ``ewc`` and a section on λ and the tasks, once."""
+    """Give the card at `path` the tag `ewc` and a section on λ and the tasks, once."""
     growth = config.ewc_lambda_growth
     settings: dict[str, object] = {
         "λ": f"{config.ewc_lambda:g}" + (f" × {growth:g} per further task" if growth != 1 else ""),

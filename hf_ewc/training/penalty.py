@@ -21,21 +21,21 @@ from hf_ewc.training.fused import Piece, value_and_gradient
 class Term:
     """One protected parameter with its importance and anchor, flat and where its values are.
 
-    ``weight`` is this parameter's λ; for ``unit`` and ``index`` see :class:`Piece`.
+    `strength` is this parameter's λ; for `scale` and `index` see `Piece`.
     """
 
     name: str
     parameter: Tensor
     importance: Tensor
     anchor: Tensor
-    weight: float
-    unit: float = 1.0
+    strength: float
+    scale: float = 1.0
     index: Tensor | None = None
 
     @property
     def is_pulled(self) -> bool:
         """Whether this parameter gets a gradient from the penalty."""
-        return self.weight > 0 and self.parameter.requires_grad
+        return self.strength > 0 and self.parameter.requires_grad
 
     @property
     def is_matrix(self) -> bool:
@@ -47,8 +47,8 @@ class Penalty:
     """λ/2 Σ F (θ − θ*)² + λ·offset, over the parameters that a model has now.
 
     The objective of Kirkpatrick et al. 2017 (arXiv 1612.00796, equation 3), with a λ per parameter.
-    ``add_gradients`` is meant for once per optimizer step, after the task's backward passes: it
-    adds λ F (θ − θ*) to what ``.grad`` holds, whatever that went through before.
+    `add_gradients` is meant for once per optimizer step, after the task's backward passes: it
+    adds λ F (θ − θ*) to what `.grad` holds, whatever that went through before.
 
     Of parameters sharded by FSDP2 or ZeRO-3 each process takes its part; values are summed over
     the parts.
@@ -58,7 +58,7 @@ class Penalty:
     Args:
         state: importances, anchors and offsets by parameter name.
         model: the model, wrapped or not; its parameters are looked up here, and kept.
-        weights: λ by parameter name, for every name of the state.
+        strengths: λ by parameter name, for every name of the state.
         offload: keep importances and anchors in host memory and move them block by block.
 
     Attributes:
@@ -73,25 +73,25 @@ class Penalty:
         self,
         state: EWCState,
         model: nn.Module,
-        weights: Mapping[str, float],
+        strengths: Mapping[str, float],
         offload: bool = False,
     ) -> None:
         sharding.reshard(model)
         state.check(model)
         parameters = parameters_by_name(model)
         self.terms = [
-            _term(state, name, parameters[name], weights[name], offload)
+            _term(state, name, parameters[name], strengths[name], offload)
             for name in state.importance
             if _protects(state.packed(name)[0])
         ]
         self._devices = [term.parameter.device for term in self.terms]
         self._offsets = state.offsets
-        self.reweight(weights)
+        self.set_strengths(strengths)
 
-    def reweight(self, weights: Mapping[str, float]) -> None:
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
         """Take other λ by parameter name, for every name of the state."""
-        self.terms = [replace(term, weight=weights[term.name]) for term in self.terms]
-        self.constant = math.fsum(weights[name] * value for name, value in self._offsets.items())
+        self.terms = [replace(term, strength=strengths[term.name]) for term in self.terms]
+        self.constant = math.fsum(strengths[name] * value for name, value in self._offsets.items())
 
     @property
     def is_zero(self) -> bool:
@@ -99,7 +99,7 @@ class Penalty:
         return not any(term.is_pulled for term in self.terms)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the parameters found at construction are still those of ``model``, in place."""
+        """Whether the parameters found at construction are still those of `model`, in place."""
         sharding.reshard(model)
         parameters = parameters_by_name(model)
         return all(
@@ -108,19 +108,19 @@ class Penalty:
         )
 
     def values(self) -> Tensor:
-        """λ/2 Σ F (θ − θ*)² of each term, [len(terms)], without ``constant``; a collective."""
+        """λ/2 Σ F (θ − θ*)² of each term, [len(terms)], without `constant`; a collective."""
         return _sweep(self.terms, None)
 
     def value(self) -> float:
         """λ/2 Σ F (θ − θ*)² + λ·offset as a float; waits for the device."""
         return float(self.values().sum().item()) + self.constant
 
-    def add_gradients(self, scale: float = 1.0) -> Tensor:
-        """Add ``scale`` · λ F (θ − θ*) to the gradients; returns :meth:`values`.
+    def add_gradients(self, loss_scale: float = 1.0) -> Tensor:
+        """Add `loss_scale` · λ F (θ − θ*) to the gradients; returns `values`.
 
         A missing gradient counts as zero. Nothing waits for the device.
         """
-        return _sweep(self.terms, scale)
+        return _sweep(self.terms, loss_scale)
 
     def differentiable(self) -> Tensor:
         """The penalty as a 0-dim tensor with a graph, at the memory of the protected parameters."""
@@ -143,12 +143,12 @@ def _ratio(square: float, norm: float) -> float:
     return math.sqrt(square / norm) if norm > 0 else (math.inf if square > 0 else 0.0)
 
 
-def _sweep(terms: Sequence[Term], scale: float | None) -> Tensor:
-    """Values of all terms, [len(terms)]; with ``scale`` their gradients are added too."""
+def _sweep(terms: Sequence[Term], loss_scale: float | None) -> Tensor:
+    """Values of all terms, [len(terms)]; with `loss_scale` their gradients are added too."""
 
     def values(members: Sequence[Term]) -> Tensor:
-        pieces = [piece(term, with_gradient=scale is not None) for term in members]
-        return value_and_gradient(pieces, 1.0 if scale is None else scale)
+        pieces = [piece(term, with_gradient=loss_scale is not None) for term in members]
+        return value_and_gradient(pieces, 1.0 if loss_scale is None else loss_scale)
 
     found = _over_layouts([term for term in terms if _counts(term)], values)
     if len(found) == len(terms):
@@ -159,14 +159,14 @@ def _sweep(terms: Sequence[Term], scale: float | None) -> Tensor:
 
 
 def _counts(term: Term) -> bool:
-    return term.weight > 0
+    return term.strength > 0
 
 
 @torch.no_grad()
 def _over_layouts(terms: Sequence[Term], function: Callable[[Sequence[Term]], Tensor]) -> Tensor:
-    """``function`` of the terms that lie alike, summed over shards, in the order of ``terms``.
+    """`function` of the terms that lie alike, summed over shards, in the order of `terms`.
 
-    ``function`` returns one row per term; so does this, on the first term's device.
+    `function` returns one row per term; so does this, on the first term's device.
     """
     if not terms:
         return torch.zeros(0, dtype=torch.float64)
@@ -188,30 +188,30 @@ def _protects(importance: PackedTensor) -> bool:
     return bool(whole(importance.values.any()))
 
 
-def _term(state: EWCState, name: str, parameter: Tensor, weight: float, offload: bool) -> Term:
+def _term(state: EWCState, name: str, parameter: Tensor, strength: float, offload: bool) -> Term:
     importance, anchor = state.packed(name)
     if sharding.is_sharded(parameter):
         held = [sharding.part_like(packed.dense(), parameter) for packed in (importance, anchor)]
         own_importance, own_anchor = (_placed(tensor, parameter, offload) for tensor in held)
-        return Term(name, parameter, own_importance, own_anchor, weight)
+        return Term(name, parameter, own_importance, own_anchor, strength)
     index = importance.indices
-    strengths = whole(importance.values)
+    own_importance = whole(importance.values)
     values = whole(anchor.kept() if anchor.scale != 1.0 else anchor.values)
     if index is not None and anchor.indices is None:
         values = values.reshape(-1)[index]
     return Term(
         name,
         parameter,
-        _placed(strengths, parameter, offload),
+        _placed(own_importance, parameter, offload),
         _placed(values, parameter, offload),
-        weight,
+        strength,
         importance.scale,
         None if index is None else index.to(parameter.device),
     )
 
 
 def _placed(tensor: Tensor, parameter: Tensor, offload: bool) -> Tensor:
-    """``tensor`` flat, on the parameter's device or, offloaded, in (pinned) host memory."""
+    """`tensor` flat, on the parameter's device or, offloaded, in (pinned) host memory."""
     tensor = tensor.detach().contiguous().view(-1)
     device = sharding.local_part(parameter).device
     if not offload:
@@ -221,20 +221,20 @@ def _placed(tensor: Tensor, parameter: Tensor, offload: bool) -> Tensor:
 
 
 def piece(term: Term, with_gradient: bool) -> Piece:
-    """What this process has of ``term``; a gradient is left out for parameters that get none."""
+    """What this process has of `term`; a gradient is left out for parameters that get none."""
     return Piece(
         sharding.local_part(term.parameter).detach().reshape(-1),
         term.importance,
         term.anchor,
         _gradient(term.parameter) if with_gradient and term.is_pulled else None,
-        term.weight,
-        term.unit,
+        term.strength,
+        term.scale,
         term.index,
     )
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """The local part of ``.grad`` as a flat view to add to; zeros where there was no gradient."""
+    """The local part of `.grad` as a flat view to add to; zeros where there was no gradient."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
     if parameter.grad.is_sparse:  # of an embedding; the penalty pulls at all of its rows
@@ -249,7 +249,7 @@ def _differentiable(term: Term) -> Tensor:
     if term.index is not None:
         theta = theta[term.index]
     anchor, importance = (t.to(theta.device).float() for t in (term.anchor, term.importance))
-    value = (0.5 * term.weight * term.unit) * (importance * (theta - anchor) ** 2).sum()
+    value = (0.5 * term.strength * term.scale) * (importance * (theta - anchor) ** 2).sum()
     return sharding.summed_over_parts(value, term.parameter)
 
 

@@ -11,21 +11,24 @@ from torch import Tensor
 from hf_ewc.training.penalty import Penalty
 
 logger = logging.getLogger("hf_ewc")
+# Logs, and optimizer steps, in a row that the penalty outweighs the task before it is said.
 LONG_WINDOWS, LONG_STEPS = 3, 50
-FAR = 1.0
-BESIDE = 0.01
+# ‖θ − θ*‖ / ‖θ*‖ of a weight matrix above which it is another one than was consolidated.
+FAR_FROM_ANCHOR = 1.0
+# ‖θ − θ*‖ / ‖θ*‖ of any parameter up to which training starts at the anchor.
+AT_ANCHOR = 0.01
 
 
 class PenaltyLog:
     """Means of the penalty over the optimizer steps of one training run.
 
-    The Trainer's own running loss holds the task loss alone; :meth:`amend` turns what it is about
-    to log into ``loss`` = ``task_loss`` + ``ewc_penalty``. Every rank has the same penalty, so
+    The Trainer's own running loss holds the task loss alone; `amend` turns what it is about
+    to log into `loss` = `task_loss` + `ewc_penalty`. Every rank has the same penalty, so
     means over ranks need nothing here.
 
     Args:
-        names: the parameters whose values :meth:`add` gets.
-        by_group: also log the penalty of each group of layers, ``ewc_penalty/<group>``.
+        names: the parameters whose values `add` gets.
+        by_group: also log the penalty of each group of layers, `ewc_penalty/<group>`.
     """
 
     def __init__(self, names: Sequence[str], by_group: bool = False) -> None:
@@ -49,9 +52,9 @@ class PenaltyLog:
         self._steps += 1
 
     def amend(self, logs: dict[str, float]) -> None:
-        """Turn the task losses in ``logs`` into losses, and add ``task_loss``, ``ewc_penalty``.
+        """Turn the task losses in `logs` into losses, and add `task_loss`, `ewc_penalty`.
 
-        Logs without ``loss`` or ``train_loss`` (evaluation) stay as they are.
+        Logs without `loss` or `train_loss` (evaluation) stay as they are.
         """
         if "loss" in logs and self._steps:
             self._amend_window(logs)
@@ -138,7 +141,9 @@ def warn_about(penalty: Penalty, at_anchor: bool) -> None:
         )
         return
     distances = penalty.relative_distances()
-    far = [term.name for term, distance in distances if distance > FAR and term.is_matrix]
+    far = [
+        term.name for term, distance in distances if distance > FAR_FROM_ANCHOR and term.is_matrix
+    ]
     if far:
         logger.warning(
             "The EWC anchor of %d of %d parameters (%s) is far from the model: by more than its "
@@ -150,7 +155,7 @@ def warn_about(penalty: Penalty, at_anchor: bool) -> None:
         )
         return
     name, distance = max(((t.name, d) for t, d in distances), key=lambda pair: pair[1])
-    if at_anchor and distance > BESIDE:
+    if at_anchor and distance > AT_ANCHOR:
         logger.warning(
             "Training does not start from the weights that were consolidated: %s is %.2g times its "
             "norm away from the EWC anchor, and the penalty is %.3g already. Start from the model "

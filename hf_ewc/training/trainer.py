@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.processes import check_launch
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.training import checkpoints, deepspeed, model_card
+from hf_ewc.training import checkpoints, model_card
+from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.converted_weights import load_converted
 from hf_ewc.training.estimation import fisher_of
-from hf_ewc.training.loss_scaling import correct_loss_scaling
-from hf_ewc.training.penalty import Penalty
-from hf_ewc.training.penalty_log import PenaltyLog, warn_about
+from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
 from hf_ewc.training.refusals import check_supported
 
 logger = logging.getLogger("hf_ewc")
@@ -40,12 +39,12 @@ class EWCMixin(_Base):
     Training minimizes L_task(θ) + (λ/2) Σ F (θ − θ*)² (Kirkpatrick et al. 2017, arXiv 1612.00796).
     The gradient that the optimizer gets is the task's plus exactly λ F (θ − θ*), once per optimizer
     step, in fp32, whatever the accumulation steps, processes, precision or loss function; gradient
-    clipping and ``grad_norm`` see it. Evaluation is the task's alone. Logs hold ``loss`` =
-    ``task_loss`` + ``ewc_penalty``. With neither configuration nor state it is the plain Trainer.
+    clipping and `grad_norm` see it. Evaluation is the task's alone. Logs hold `loss` =
+    `task_loss` + `ewc_penalty`. With neither configuration nor state it is the plain Trainer.
 
     Args:
         ewc_config: how strongly and where to protect; the defaults if only a state is given.
-        ewc_state: what earlier tasks left: an :class:`EWCState`, a folder or an id on the Hub.
+        ewc_state: what earlier tasks left: an `EWCState`, a folder or an id on the Hub.
 
     Raises:
         ValueError: the state does not fit the model, the optimizer or sharding rules EWC out, or
@@ -67,13 +66,12 @@ class EWCMixin(_Base):
         self._ewc_requested = ewc_config is not None
         self.ewc_config = ewc_config if ewc_config is not None else EWCConfig()
         self._ewc_state = EWCState()
-        self._ewc_penalty: Penalty | None = None
-        self._ewc_log: PenaltyLog | None = None
-        self._ewc_run: object = None  # the TrainerState of the run that was last prepared for
-        self._ewc_weighting: object = None  # the settings that the penalty's weights came from
+        self._ewc_penalty: ActivePenalty | None = None
+        self._ewc_has_begun = False  # whether this train() has taken its first step
         self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
         super().__init__(*args, **kwargs)
+        self.add_callback(_RunBegins(self._ewc_expect_run))
         if self._ewc_requested or ewc_state is not None:
             check_launch(self.accelerator.num_processes)
             check_supported(self)
@@ -105,7 +103,7 @@ class EWCMixin(_Base):
             check_supported(self)
             state.check(self._ewc_model)
         self._ewc_state = state
-        self._ewc_penalty, self._ewc_log, self._ewc_run = None, None, None
+        self._ewc_penalty, self._ewc_has_begun = None, False
 
     @property
     def _ewc_model(self) -> nn.Module:
@@ -126,28 +124,28 @@ class EWCMixin(_Base):
 
         Under FSDP2 and ZeRO-3 every process has to call it, and each gets the whole sum.
         """
-        return self._ewc_bound().value() if self._ewc_state else 0.0
+        return self._ewc_bound().penalty.value() if self._ewc_state else 0.0
 
     def consolidate(
         self, dataset: Any = None, *, name: str | None = None, weight: float = 1.0
     ) -> EWCState:
-        """Fold the Fisher of the model on ``dataset`` into the state, and protect it from now on.
+        """Fold the Fisher of the model on `dataset` into the state, and protect it from now on.
 
         Call it after training on a task. Before any training, with a sample of general data, it
         protects what was learned in pretraining.
 
         Args:
-            dataset: examples as the trainer's own ``train_dataset`` has them (TRL's trainers
+            dataset: examples as the trainer's own `train_dataset` has them (TRL's trainers
                 tokenize theirs at construction); that if None. An iterable is read in order.
             name: of the task, for the records.
             weight: the task's weight in the sum of penalties.
 
         Returns:
-            The new state, also ``self.ewc_state``.
+            The new state, also `self.ewc_state`.
 
         Raises:
             ValueError: there is no data, or none with labels.
-            TypeError: ``dataset`` is no data set.
+            TypeError: `dataset` is no data set.
         """
         config = self.ewc_config
         fisher = fisher_of(
@@ -179,13 +177,13 @@ class EWCMixin(_Base):
         """The task loss, in training mode plus the penalty as a differentiable term.
 
         Within the Trainer's own steps it is the task loss, since there the penalty's gradient is
-        added once per optimizer step by :meth:`training_step`.
+        added once per optimizer step by `training_step`.
         """
         result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if self._ewc_in_step or not model.training or not self._ewc_state:
             return result
         loss, *outputs = result if return_outputs else (result,)
-        loss = loss + self._ewc_bound().differentiable().to(loss.device, loss.dtype)
+        loss = loss + self._ewc_bound().penalty.differentiable().to(loss.device, loss.dtype)
         return (loss, *outputs) if return_outputs else loss
 
     def training_step(
@@ -198,12 +196,12 @@ class EWCMixin(_Base):
     ) -> Tensor:
         """Forward and backward of the task; at the end of a window, the penalty's gradient.
 
-        Returns the task loss; the logs add the penalty (see :meth:`log`).
+        Returns the task loss; the logs add the penalty (see `log`).
         """
         if not self._ewc_active:
             return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        if self._ewc_run is not self.state:
-            self._ewc_prepare_run(model)
+        if not self._ewc_has_begun:
+            self._ewc_begin(model)
         self._ewc_in_step = True
         try:
             self._ewc_correct_scaling(model, inputs, num_items_in_batch)
@@ -216,54 +214,44 @@ class EWCMixin(_Base):
 
     def _ewc_add_gradients(self) -> None:
         """Add λ F (θ − θ*) to the gradients, in the units that a gradient scaler left them in."""
-        penalty = self._ewc_penalty
-        if penalty is None or self._ewc_log is None:
+        active = self._ewc_penalty
+        if active is None:
             return
-        self._ewc_reweight(penalty)
+        active.follow(self.ewc_config)
         if self.is_deepspeed_enabled:
-            values = deepspeed.add_gradients(penalty, self.deepspeed)
+            active.add_gradients_in(self.deepspeed)
         else:
             scaler = self.accelerator.scaler
-            values = penalty.add_gradients(1.0 if scaler is None else float(scaler.get_scale()))
-        self._ewc_log.add(values, penalty.constant)
+            active.add_gradients(1.0 if scaler is None else float(scaler.get_scale()))
 
     def _ewc_correct_scaling(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
     ) -> None:
         """Find out, by the first batch that tells, whether the loss is scaled as assumed."""
-        if self._ewc_loss_is_scaled:
-            return
-        own = [c for c in type(self).__mro__ if "compute_loss" in vars(c)]
-        own = [c for c in own if c not in (EWCMixin, Trainer)]
-        if any(c.__module__.startswith("trl.") for c in own):
-            self._ewc_loss_is_scaled = True  # they see to it, and keep counts of their calls
-            return
-        self._ewc_loss_is_scaled = correct_loss_scaling(
-            self, model, inputs, num_items, self.compute_loss if own else None
-        )
+        if not self._ewc_loss_is_scaled:
+            own = has_own_loss(type(self), EWCMixin)
+            self._ewc_loss_is_scaled = answers_for_itself(type(self)) or correct_loss_scaling(
+                self, model, inputs, num_items, self.compute_loss if own else None
+            )
 
-    def _ewc_prepare_run(self, model: nn.Module) -> None:
-        """At the first step of a run: the Trainer makes a new ``TrainerState`` for each.
+    def _ewc_expect_run(self) -> None:
+        """Training begins: what was found out in an earlier run may not hold for this one."""
+        self._ewc_penalty, self._ewc_has_begun = None, False
+        self._ewc_loss_is_scaled = False
+
+    def _ewc_begin(self, model: nn.Module) -> None:
+        """At the first step of a run: look up what is protected.
 
         Only now are the parameters those that will be trained: FSDP2 has replaced them all, and
-        ``auto_find_batch_size`` may have wrapped the model anew.
+        `auto_find_batch_size` may have wrapped the model anew.
         """
-        self._ewc_loss_is_scaled = False
-        self._ewc_penalty = None
-        if self._ewc_state:
-            self._ewc_penalty = self._ewc_bind(model)
-            self._ewc_log = PenaltyLog(
-                [term.name for term in self._ewc_penalty.terms], self.ewc_config.ewc_log_groups
-            )
-            online = self.ewc_config.ewc_mode == "online"
-            warn_about(self._ewc_penalty, online and self.state.global_step == 0)
-            if self.is_deepspeed_enabled:
-                # The engine takes its step inside the backward pass, before training_step is back.
-                penalty = self._ewc_penalty
-                deepspeed.around_each_step(
-                    model, self._ewc_add_gradients, lambda: deepspeed.clear_gradients(penalty)
-                )
-        self._ewc_run = self.state
+        self._ewc_has_begun = True
+        if not self._ewc_state:
+            return
+        self._ewc_penalty = ActivePenalty(self._ewc_state, model, self.ewc_config)
+        self._ewc_penalty.begin(self.state.global_step)
+        if self.is_deepspeed_enabled:
+            self._ewc_penalty.join_steps_of(model, self._ewc_add_gradients)
 
     def _ewc_check_patterns(self) -> None:
         """Refuse patterns that match nothing now, not after the training that they were meant for.
@@ -277,46 +265,24 @@ class EWCMixin(_Base):
             names = select_parameters(self._ewc_model, *patterns)
             config.lambdas(state.importance or names)
 
-    def _ewc_bind(self, model: nn.Module) -> Penalty:
-        self._ewc_weighting = _weighting(self.ewc_config)
-        return Penalty(self._ewc_state, model, self._ewc_weights(), self.ewc_config.ewc_offload)
-
-    def _ewc_weights(self) -> dict[str, float]:
-        """λ of each parameter of the state, 0 where the configuration leaves it free."""
-        config = self.ewc_config
-        weights = config.lambdas(self._ewc_state.importance, self._ewc_state.num_tasks)
-        patterns = config.ewc_target_modules, config.ewc_exclude_modules
-        if not any(patterns):
-            return weights
-        chosen = set(select_parameters(self._ewc_model, *patterns, trainable_only=False))
-        return {name: weight if name in chosen else 0.0 for name, weight in weights.items()}
-
-    def _ewc_reweight(self, penalty: Penalty) -> None:
-        """Follow changes of the configuration, as a callback that anneals λ makes them."""
-        weighting = _weighting(self.ewc_config)
-        if weighting != self._ewc_weighting:
-            replace(self.ewc_config)  # which checks the values
-            penalty.reweight(self._ewc_weights())
-            self._ewc_weighting = weighting
-
-    def _ewc_bound(self) -> Penalty:
+    def _ewc_bound(self) -> ActivePenalty:
         """The penalty on the model's present parameters, also outside of a run."""
-        if self._ewc_penalty is None or not self._ewc_penalty.fits(self._ewc_model):
-            self._ewc_penalty = self._ewc_bind(self._ewc_model)
-            self._ewc_run = None
-        self._ewc_reweight(self._ewc_penalty)
+        if self._ewc_penalty is None or not self._ewc_penalty.penalty.fits(self._ewc_model):
+            self._ewc_penalty = ActivePenalty(self._ewc_state, self._ewc_model, self.ewc_config)
+            self._ewc_has_begun = False
+        self._ewc_penalty.follow(self.ewc_config)
         return self._ewc_penalty
 
     # ---- Logs ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log ``loss`` = ``task_loss`` + ``ewc_penalty``, means since the last log."""
-        if self._ewc_log is not None:
-            self._ewc_log.amend(logs)
+        """Log `loss` = `task_loss` + `ewc_penalty`, means since the last log."""
+        if self._ewc_penalty is not None:
+            self._ewc_penalty.log.amend(logs)
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card of the parent, with the tag ``ewc`` and a section on λ and the tasks."""
+        """The card of the parent, with the tag `ewc` and a section on λ and the tasks."""
         super().create_model_card(*args, **kwargs)
         path = self._ewc_folder / "README.md"
         if self._ewc_state and self.is_world_process_zero() and path.is_file():
@@ -329,13 +295,13 @@ class EWCMixin(_Base):
     ) -> Any:
         """As the parent; a checkpoint brings back the EWC state that it was saved with.
 
-        ``resume_from_checkpoint=True`` takes the newest checkpoint that was saved to its end.
+        `resume_from_checkpoint=True` takes the newest checkpoint that was saved to its end.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._ewc_resume(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         loss = output.metrics.get("train_loss", output.training_loss)
-        return output._replace(training_loss=loss) if self._ewc_log is not None else output
+        return output._replace(training_loss=loss) if self._ewc_penalty is not None else output
 
     def _ewc_resume(self, resume: str | bool) -> str | bool | None:
         if not self._ewc_active:
@@ -380,20 +346,19 @@ class EWCMixin(_Base):
         super().save_model(output_dir, _internal_call)
 
 
-def _weighting(config: EWCConfig) -> tuple[object, ...]:
-    """What the weights of a penalty depend on."""
-    return (
-        config.ewc_lambda,
-        config.ewc_lambda_growth,
-        str(config.ewc_layer_lambdas),
-        str(config.ewc_target_modules),
-        str(config.ewc_exclude_modules),
-    )
+class _RunBegins(TrainerCallback):
+    """Tells the trainer of each run, also where `auto_find_batch_size` starts over."""
+
+    def __init__(self, expect_run: Callable[[], None]) -> None:
+        self._expect_run = expect_run
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._expect_run()
 
 
 class EWCTrainer(EWCMixin, Trainer):
-    """The Hugging Face Trainer with Elastic Weight Consolidation; see :class:`EWCMixin`."""
+    """The Hugging Face Trainer with Elastic Weight Consolidation; see `EWCMixin`."""
 
 
 class EWCSeq2SeqTrainer(EWCMixin, Seq2SeqTrainer):
-    """The Hugging Face Seq2SeqTrainer with Elastic Weight Consolidation; see :class:`EWCMixin`."""
+    """The Hugging Face Seq2SeqTrainer with Elastic Weight Consolidation; see `EWCMixin`."""

@@ -1,0 +1,83 @@
+"""The penalty while it is in use: on a model's present parameters, with the present settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.parameters.selection import select_parameters
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.training import deepspeed
+from hf_ewc.training.penalty import Penalty
+from hf_ewc.training.penalty_log import PenaltyLog, warn_about
+
+
+class ActivePenalty:
+    """λ/2 Σ F (θ − θ*)² of one state on one model, its λ as configured, and its log.
+
+    Args:
+        state: importances and anchors; not the empty one.
+        model: wrapped or not; its parameters are looked up here, and kept.
+        config: where and how strongly to protect; later changes come by `follow`.
+
+    Attributes:
+        penalty: the value and its gradient.
+        log: means of the value between two logs of the Trainer.
+
+    Raises:
+        ValueError: the state does not fit the model, or a pattern of the configuration matches
+            nothing.
+    """
+
+    def __init__(self, state: EWCState, model: nn.Module, config: EWCConfig) -> None:
+        self._state = state
+        self._model = model
+        self._settings = replace(config)  # a copy, which no change of `config` reaches
+        self.penalty = Penalty(state, model, self._strengths(), config.ewc_offload)
+        names = [term.name for term in self.penalty.terms]
+        self.log = PenaltyLog(names, config.ewc_log_groups)
+
+    def follow(self, config: EWCConfig) -> None:
+        """Take up what has changed in the settings, as by a callback that anneals λ.
+
+        Raises:
+            ValueError: a changed value is not allowed.
+        """
+        if config != self._settings:
+            self._settings = replace(config)  # which checks the values
+            self.penalty.set_strengths(self._strengths())
+
+    def begin(self, global_step: int) -> None:
+        """Say what is wrong with the penalty, if anything, as training starts."""
+        online = self._settings.ewc_mode == "online"
+        warn_about(self.penalty, at_anchor=online and global_step == 0)
+
+    def join_steps_of(self, engine: Any, add: Callable[[], None]) -> None:
+        """Let DeepSpeed's engine, which takes its step inside the backward pass, call `add`."""
+        penalty = self.penalty
+        deepspeed.around_each_step(engine, add, lambda: deepspeed.clear_gradients(penalty))
+
+    def add_gradients(self, loss_scale: float = 1.0) -> None:
+        """Add `loss_scale` · λ F (θ − θ*) to the gradients, and the value to the log."""
+        self._note(self.penalty.add_gradients(loss_scale))
+
+    def add_gradients_in(self, engine: Any) -> None:
+        """As `add_gradients`, to the gradients that DeepSpeed's engine keeps."""
+        self._note(deepspeed.add_gradients(self.penalty, engine))
+
+    def _note(self, values: Tensor) -> None:
+        self.log.add(values, self.penalty.constant)
+
+    def _strengths(self) -> dict[str, float]:
+        """λ of each parameter of the state, 0 where the configuration leaves it free."""
+        config, state = self._settings, self._state
+        strengths = config.lambdas(state.importance, state.num_tasks)
+        patterns = config.ewc_target_modules, config.ewc_exclude_modules
+        if not any(patterns):
+            return strengths
+        chosen = set(select_parameters(self._model, *patterns, trainable_only=False))
+        return {name: value if name in chosen else 0.0 for name, value in strengths.items()}
