@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 
 import fisher_oracle as oracle
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc import estimate_fisher
+from hf_ewc.fisher.operations import covers
 
 
 class Model(nn.Module):
@@ -196,3 +198,52 @@ def test_weights_in_other_clothes(kind, examples):
     model, batch = kind(), batch_of((4, 2, 3, 1, 2)[:examples])
     fisher = estimate_fisher(model, [batch], fisher_type="empirical", fallback="error")
     oracle.assert_close(fisher.diagonal, loop(model, batch))
+
+
+@torch.library.custom_op("hf_ewc_test::gate", mutates_args=())
+def gate(x: Tensor, scale: Tensor) -> Tensor:
+    return x * scale
+
+
+@torch.library.custom_op("hf_ewc_test::linear", mutates_args=())
+def linear(x: Tensor, scale: Tensor) -> Tensor:
+    """No linear map in spite of its name."""
+    return x * scale
+
+
+def gradients_of_product(ctx, gradient):
+    x, scale = ctx.saved_tensors
+    return gradient * scale, (gradient * x).sum_to_size(scale.shape)
+
+
+for operation in (gate, linear):
+    operation.register_autograd(
+        gradients_of_product,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+
+class OwnOperation(Model):
+    operation = torch.ops.hf_ewc_test.gate
+
+    def encode(self, ids):
+        return self.operation(self.embedding(ids), self.inner.bias)
+
+
+def test_a_handler_of_ones_own():
+    """The example of the documentation, run as it stands for another operation's name."""
+    model, batch = OwnOperation(), batch_of((2, 4, 3))
+    with pytest.raises(ValueError, match=r"inner.bias \(in gate\)"):
+        estimate_fisher(model, [batch], fisher_type="empirical", fallback="error")
+    text = covers.__doc__.replace("mylib", "hf_ewc_test")
+    (example,) = [doctest.DocTestParser().get_doctest(text, {"torch": torch}, "covers", None, 0)]
+    assert doctest.DocTestRunner().run(example, clear_globs=False) == (0, 2)
+    fisher = estimate_fisher(model, [batch], fisher_type="empirical", fallback="error")
+    oracle.assert_close(fisher.diagonal, loop(model, batch))
+
+
+def test_an_operation_of_ones_own_is_not_taken_for_torchs_by_its_name():
+    model, batch = OwnOperation(), batch_of((2, 4, 3))
+    model.operation = torch.ops.hf_ewc_test.linear
+    with pytest.raises(ValueError, match=r"inner.bias \(in linear\)"):
+        estimate_fisher(model, [batch], fisher_type="empirical", fallback="error")

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hf_ewc.fisher.operations import find_handler
-from hf_ewc.fisher.uses.account import repeats
 from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.graph import leaf_uses, leaves
 from hf_ewc.fisher.uses.nested import tensors_in
+from hf_ewc.fisher.uses.square_sum import repeats
 from hf_ewc.fisher.uses.tracking import Tracker
 
 # Results that depend on the shape or dtype of their arguments alone.
@@ -78,7 +78,7 @@ class Interception(TorchFunctionMode):
 
     def _run_covered(self, call: Call, used: list[Tensor]) -> Any:
         """By the handler, where there is one; as it is otherwise, the operation being noted."""
-        handler = find_handler(call.func, call.name)
+        handler = find_handler(call)
         if handler is not None:
             with contextlib.suppress(Uncovered):
                 return handler(self._tracker, call)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hf_ewc.fisher.operations.linear import linear
 from hf_ewc.fisher.operations.registry import covers, detached, open_if_used, unviewed
-from hf_ewc.fisher.uses.account import Site
 from hf_ewc.fisher.uses.call import Call, Uncovered
-from hf_ewc.fisher.uses.parts import DensePart, Part
+from hf_ewc.fisher.uses.gradients import Dense, PerExampleGradient
+from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
 
@@ -31,10 +31,10 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         root: Tensor,
         tracker: Tracker,
-        sites: tuple[Site | None, Site | None],
+        uses: tuple[Use | None, Use | None],
         settings: tuple[Any, ...],
     ) -> Tensor:
-        ctx.tracker, ctx.sites, ctx.settings = tracker, sites, settings
+        ctx.tracker, ctx.uses, ctx.settings = tracker, uses, settings
         ctx.save_for_backward(x, weight)
         return unviewed(torch.convolution(x, weight, bias, *settings))
 
@@ -42,15 +42,15 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = outputs
         x, weight = ctx.saved_tensors
-        weight_site, bias_site = ctx.sites
+        weight_use, bias_use = ctx.uses
         num_examples = ctx.tracker.num_examples
-        if weight_site is not None:
+        if weight_use is not None:
             examples = zip(gradient.chunk(num_examples), x.chunk(num_examples), strict=True)
             pairs = [(g, v) for g, v in examples]
-            weight_site.deliver(ConvolutionPart(pairs, weight, ctx.settings))
-        if bias_site is not None:
+            weight_use.deliver(Convolution(pairs, weight, ctx.settings))
+        if bias_use is not None:
             rows = gradient.flatten(2).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
-            bias_site.deliver(DensePart(rows.reshape(num_examples, -1, rows.shape[-1]).sum(1)))
+            bias_use.deliver(Dense(rows.reshape(num_examples, -1, rows.shape[-1]).sum(1)))
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = _gradients(gradient, x, weight, ctx.settings, of_weight=False)
@@ -68,7 +68,7 @@ def _gradients(
 
 
 @dataclass(frozen=True)
-class ConvolutionPart(Part):
+class Convolution(PerExampleGradient):
     """G_n, the weight gradient of example n: `examples` holds its (g, x)."""
 
     examples: list[tuple[Tensor, Tensor]]
@@ -130,9 +130,9 @@ def _convolve(
     bias: Tensor | None,
     settings: tuple[Any, ...],
 ) -> Tensor:
-    sites = open_if_used(tracker, weight), open_if_used(tracker, bias)
+    uses = open_if_used(tracker, weight), open_if_used(tracker, bias)
     output: Tensor = _Convolution.apply(
-        x, weight.detach(), detached(bias), tracker.root, tracker, sites, settings
+        x, weight.detach(), detached(bias), tracker.root, tracker, uses, settings
     )
     return output
 

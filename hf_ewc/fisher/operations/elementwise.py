@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.operations.registry import covers
-from hf_ewc.fisher.uses.account import Site
 from hf_ewc.fisher.uses.call import Call, Uncovered
-from hf_ewc.fisher.uses.parts import DensePart, LookupPart, RowPart
+from hf_ewc.fisher.uses.gradients import Dense, Lookup, Rows
+from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _Expand(torch.autograd.Function):
     """p → (B, *p.shape); the backward delivers one gradient per example.
 
-    Where p = W[indices] was looked up with indices common to all examples, the part is W's.
+    Where p = W[indices] was looked up with indices common to all examples, the gradient is W's.
     """
 
     @staticmethod
@@ -31,21 +31,23 @@ class _Expand(torch.autograd.Function):
         value: Tensor,
         root: Tensor,
         num_examples: int,
-        site: Site | None,
+        use: Use | None,
         indices: Tensor | None,
     ) -> Tensor:
-        ctx.site, ctx.indices = site, indices
+        ctx.use, ctx.indices = use, indices
         return value.unsqueeze(0).expand(num_examples, *value.shape)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[None, ...]:
         (gradient,) = outputs
-        if ctx.site is not None and ctx.indices is None:
-            ctx.site.deliver(DensePart(gradient))
-        elif ctx.site is not None:
-            rows = ctx.indices.reshape(1, -1).expand(gradient.shape[0], -1)
-            flat = gradient.reshape(gradient.shape[0], -1, gradient.shape[-1])
-            ctx.site.deliver(LookupPart(rows, flat))
+        if ctx.use is not None and ctx.indices is None:
+            ctx.use.deliver(Dense(gradient))
+        elif ctx.use is not None:
+            count = gradient.shape[0]
+            owners = torch.arange(count, device=gradient.device)
+            owners = owners.repeat_interleave(ctx.indices.numel())
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            ctx.use.deliver(Lookup(ctx.indices.flatten().repeat(count), rows, owners))
         return None, None, None, None, None
 
 
@@ -53,15 +55,15 @@ class _Rows(torch.autograd.Function):
     """A tensor from parameters whose rows already belong to examples: p (R, …)."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, root: Tensor, owners: Tensor, site: Site | None) -> Tensor:
-        ctx.site, ctx.owners = site, owners
+    def forward(ctx: Any, value: Tensor, root: Tensor, owners: Tensor, use: Use | None) -> Tensor:
+        ctx.use, ctx.owners = use, owners
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[None, ...]:
         (gradient,) = outputs
-        if ctx.site is not None:
-            ctx.site.deliver(RowPart(gradient, ctx.owners))
+        if ctx.use is not None:
+            ctx.use.deliver(Rows(gradient, ctx.owners))
         return None, None, None, None
 
 
@@ -95,14 +97,14 @@ def batched(tracker: Tracker, used: Tensor, reference: Tensor, rank: int | None 
 def _expand(tracker: Tracker, used: Tensor) -> Tensor:
     looked_up = tracker.lookups.get(used)
     weight, indices = looked_up if looked_up is not None else (used, None)
-    site = tracker.open(weight)
-    output: Tensor = _Expand.apply(used.detach(), tracker.root, tracker.num_examples, site, indices)
+    use = tracker.open(weight)
+    output: Tensor = _Expand.apply(used.detach(), tracker.root, tracker.num_examples, use, indices)
     return output
 
 
 def _row_by_row(tracker: Tracker, used: Tensor, reference: Tensor) -> Tensor:
-    site = tracker.open(used)
-    output: Tensor = _Rows.apply(used.detach(), tracker.root, tracker.owners(reference), site)
+    use = tracker.open(used)
+    output: Tensor = _Rows.apply(used.detach(), tracker.root, tracker.owners(reference), use)
     return output
 
 

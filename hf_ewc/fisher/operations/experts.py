@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.operations.registry import covers
-from hf_ewc.fisher.uses.account import Site
 from hf_ewc.fisher.uses.call import Call, Uncovered
-from hf_ewc.fisher.uses.parts import RaggedPart
+from hf_ewc.fisher.uses.gradients import RaggedLinear
+from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
 
@@ -29,9 +29,9 @@ class _GroupedProduct(torch.autograd.Function):
         owners: Tensor,
         num_examples: int,
         bounds: list[tuple[int, int]],
-        sites: list[Site | None],
+        uses: list[Use | None],
     ) -> Tensor:
-        ctx.owners, ctx.num_examples, ctx.bounds, ctx.sites = owners, num_examples, bounds, sites
+        ctx.owners, ctx.num_examples, ctx.bounds, ctx.uses = owners, num_examples, bounds, uses
         ctx.save_for_backward(x, weight)
         output = x.new_zeros(x.shape[0], weight.shape[-1])
         for expert, (start, stop) in enumerate(bounds):
@@ -49,9 +49,9 @@ class _GroupedProduct(torch.autograd.Function):
                 continue
             g, rows = gradient[start:stop], x[start:stop]
             torch.mm(g, weight[expert].T, out=of_input[start:stop])
-            site, owners = ctx.sites[expert], ctx.owners[start:stop]
-            if site is not None:
-                site.deliver(RaggedPart(g, rows, owners, ctx.num_examples))
+            use, owners = ctx.uses[expert], ctx.owners[start:stop]
+            if use is not None:
+                use.deliver(RaggedLinear(g, rows, owners, ctx.num_examples))
         return of_input, None, None, None, None, None, None
 
 
@@ -62,10 +62,10 @@ def _handle_grouped(tracker: Tracker, call: Call) -> Any:
         raise Uncovered
     stops = offsets.tolist()
     bounds = list(zip([0, *stops[:-1]], stops, strict=True))
-    sites = [
+    uses = [
         tracker.open(weight[expert].t()) if start < stop else None
         for expert, (start, stop) in enumerate(bounds)
     ]
     owners = tracker.owners(x)
-    arguments = tracker.root, owners, tracker.num_examples, bounds, sites
+    arguments = tracker.root, owners, tracker.num_examples, bounds, uses
     return _GroupedProduct.apply(x, weight.detach(), *arguments)

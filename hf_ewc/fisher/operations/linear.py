@@ -21,14 +21,14 @@ from hf_ewc.fisher.operations.registry import (
     sum_rows_by_example,
     unviewed,
 )
-from hf_ewc.fisher.uses.account import Site
 from hf_ewc.fisher.uses.call import Call, Uncovered
-from hf_ewc.fisher.uses.parts import DensePart, LinearPart, RaggedPart
+from hf_ewc.fisher.uses.gradients import Dense, Linear, RaggedLinear
+from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ + b; the backward returns ∂/∂x and delivers the parts of W and b."""
+    """y = x Wᵀ + b; the backward returns ∂/∂x and delivers the gradients of W and b."""
 
     @staticmethod
     def forward(
@@ -38,10 +38,10 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         root: Tensor,
         tracker: Tracker,
-        sites: tuple[Site | None, Site | None],
+        uses: tuple[Use | None, Use | None],
         owners: Tensor | None,
     ) -> Tensor:
-        ctx.tracker, ctx.sites, ctx.owners = tracker, sites, owners
+        ctx.tracker, ctx.uses, ctx.owners = tracker, uses, owners
         ctx.save_for_backward(x, weight)
         return unviewed(F.linear(x, weight, bias))
 
@@ -49,16 +49,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = outputs
         x, weight = ctx.saved_tensors
-        weight_site, bias_site = ctx.sites
+        weight_use, bias_use = ctx.uses
         tracker, owners = ctx.tracker, ctx.owners
-        if bias_site is not None:
-            bias_site.deliver(DensePart(sum_rows_by_example(tracker, gradient, owners)))
-        if weight_site is not None and owners is not None:
+        if bias_use is not None:
+            bias_use.deliver(Dense(sum_rows_by_example(tracker, gradient, owners)))
+        if weight_use is not None and owners is not None:
             rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-            weight_site.deliver(RaggedPart(*rows, owners, tracker.num_examples))
-        elif weight_site is not None:
-            part = LinearPart(tracker.per_example(gradient), tracker.per_example(x))
-            weight_site.deliver(part)
+            weight_use.deliver(RaggedLinear(*rows, owners, tracker.num_examples))
+        elif weight_use is not None:
+            products = Linear(tracker.per_example(gradient), tracker.per_example(x))
+            weight_use.deliver(products)
         of_input = gradient @ weight if ctx.needs_input_grad[0] else None
         return of_input, None, None, None, None, None, None
 
@@ -72,10 +72,10 @@ def linear(tracker: Tracker, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         tracker.rows_per_example(x)
     elif x.dim() > 2:
         owners = owners.repeat_interleave(math.prod(x.shape[1:-1]))
-    sites = open_if_used(tracker, weight), open_if_used(tracker, bias)
+    uses = open_if_used(tracker, weight), open_if_used(tracker, bias)
     x, weight, bias = _autocast(x, weight, bias)
     output: Tensor = _Linear.apply(
-        x, weight.detach(), detached(bias), tracker.root, tracker, sites, owners
+        x, weight.detach(), detached(bias), tracker.root, tracker, uses, owners
     )
     return output
 
@@ -142,9 +142,9 @@ def times_weight(tracker: Tracker, x: Tensor, weight: Tensor) -> Tensor:
 def _slice_times_weight(
     tracker: Tracker, x: Tensor, weight: Tensor, axis: int, index: int
 ) -> Tensor:
-    part = x.select(axis, index)
-    part = tracker.follow(part, x if axis else part)
-    return times_weight(tracker, part, weight[index])
+    row = x.select(axis, index)
+    row = tracker.follow(row, x if axis else row)
+    return times_weight(tracker, row, weight[index])
 
 
 def _require_shared(tracker: Tracker, *operands: Tensor | None) -> None:

@@ -5,6 +5,7 @@ With indices i_nt and output gradients g_nt, ∂/∂W[v] of example n = Σ_t [i_
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ewc.fisher.operations.registry import covers, unviewed
-from hf_ewc.fisher.uses.account import Site
 from hf_ewc.fisher.uses.call import Call, Uncovered
-from hf_ewc.fisher.uses.parts import LookupPart, RowLookupPart
+from hf_ewc.fisher.uses.gradients import Lookup
+from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
 
@@ -27,12 +28,11 @@ class _Lookup(torch.autograd.Function):
         indices: Tensor,
         weight: Tensor,
         root: Tensor,
-        tracker: Tracker,
-        site: Site | None,
-        owners: Tensor | None,
+        use: Use | None,
+        owners: Tensor,
         padding: int | None,
     ) -> Tensor:
-        ctx.tracker, ctx.site, ctx.owners, ctx.padding = tracker, site, owners, padding
+        ctx.use, ctx.owners, ctx.padding = use, owners, padding
         ctx.save_for_backward(indices)
         return unviewed(F.embedding(indices, weight))
 
@@ -42,15 +42,11 @@ class _Lookup(torch.autograd.Function):
         (indices,) = ctx.saved_tensors
         if ctx.padding is not None:
             gradient = gradient.masked_fill((indices == ctx.padding).unsqueeze(-1), 0.0)
-        if ctx.site is None:
-            return (None,) * 7
-        if ctx.owners is not None:
-            flat = gradient.reshape(-1, gradient.shape[-1])
-            ctx.site.deliver(RowLookupPart(indices.flatten(), flat, ctx.owners))
-        else:
-            rows = indices.reshape(ctx.tracker.num_examples, -1)
-            ctx.site.deliver(LookupPart(rows, ctx.tracker.per_example(gradient)))
-        return (None,) * 7
+        if ctx.use is None:
+            return (None,) * 6
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        ctx.use.deliver(Lookup(indices.flatten(), rows, ctx.owners))
+        return (None,) * 6
 
 
 def look_up(
@@ -59,15 +55,11 @@ def look_up(
     """weight[indices] for a weight (V, D) and integer indices that carry examples."""
     if weight.dim() != 2 or indices.dim() == 0 or indices.is_floating_point():
         raise Uncovered
-    owners = tracker.gathered_owners(indices)
-    if owners is None:
-        tracker.rows_per_example(indices)
-    elif indices.dim() > 1:
+    if indices.dim() > 1 and tracker.gathered_owners(indices) is not None:
         raise Uncovered
-    site = tracker.open(weight)
-    output: Tensor = _Lookup.apply(
-        indices, weight.detach(), tracker.root, tracker, site, owners, padding
-    )
+    owners = tracker.owners(indices).repeat_interleave(math.prod(indices.shape[1:]))
+    use = tracker.open(weight)
+    output: Tensor = _Lookup.apply(indices, weight.detach(), tracker.root, use, owners, padding)
     return output
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hf_ewc.fisher.operations.elementwise import add, multiply
 from hf_ewc.fisher.operations.registry import covers, detached, open_if_used
-from hf_ewc.fisher.uses.account import Site
 from hf_ewc.fisher.uses.call import Call, Uncovered
-from hf_ewc.fisher.uses.parts import DensePart
+from hf_ewc.fisher.uses.gradients import Dense
+from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
 
@@ -33,10 +33,10 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
         root: Tensor,
         tracker: Tracker,
-        sites: tuple[Site | None, Site | None],
+        uses: tuple[Use | None, Use | None],
     ) -> Tensor:
         output, mean, scale = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.shape, ctx.tracker, ctx.sites = shape, tracker, sites
+        ctx.shape, ctx.tracker, ctx.uses = shape, tracker, uses
         ctx.save_for_backward(x, mean, scale, weight, bias)
         return output
 
@@ -44,13 +44,13 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = outputs
         x, mean, scale, weight, bias = ctx.saved_tensors
-        weight_site, bias_site = ctx.sites
+        weight_use, bias_use = ctx.uses
         rows = (ctx.tracker.num_examples, -1, *ctx.shape)
-        if weight_site is not None:
+        if weight_use is not None:
             product = (x - mean).mul_(scale).mul_(gradient)
-            weight_site.deliver(DensePart(product.reshape(rows).sum(1)))
-        if bias_site is not None:
-            bias_site.deliver(DensePart(gradient.reshape(rows).sum(1)))
+            weight_use.deliver(Dense(product.reshape(rows).sum(1)))
+        if bias_use is not None:
+            bias_use.deliver(Dense(gradient.reshape(rows).sum(1)))
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input, _, _ = torch.ops.aten.native_layer_norm_backward(
@@ -69,9 +69,9 @@ def _handle_layer_norm(tracker: Tracker, call: Call) -> Any:
     plain = tracker.gathered_owners(x) is None and x.dim() > len(shape)
     if plain and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
         tracker.rows_per_example(x)
-        sites = open_if_used(tracker, weight), open_if_used(tracker, bias)
+        uses = open_if_used(tracker, weight), open_if_used(tracker, bias)
         arguments = x, list(shape), detached(weight), detached(bias), eps
-        return _LayerNorm.apply(*arguments, tracker.root, tracker, sites)
+        return _LayerNorm.apply(*arguments, tracker.root, tracker, uses)
     normalized = F.layer_norm(x, shape, None, None, eps)
     return _affine(tracker, normalized, weight, bias, like=x)
 

@@ -4,10 +4,10 @@ The squares of a parameter are full-size only between the backward of its module
 at which all processes are in step: there they are summed over the processes, each keeps its part,
 and the full ones are freed. So no process holds more than about a module's squares.
 
-Collectives must come in the same order in every process, whatever order its parameters settle in
+Collectives must come in the same order in every process, whatever order its parameters are done in
 (experts without a token, unused heads). The backward enters the modules whose parameters FSDP2 or
 ZeRO-3 gathers in the same order everywhere, or the gathering itself would fail; whenever it enters
-one, the module before it is flushed, settled or not. What comes later is flushed at the end of the
+one, the module before it is flushed, squared or not. What comes later is flushed at the end of the
 pass, for the parameters that any process has something for.
 """
 
@@ -27,9 +27,9 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from hf_ewc.fisher.sharded.units import Unit, units_of
 from hf_ewc.fisher.team import Team
-from hf_ewc.fisher.uses.account import Account
 from hf_ewc.fisher.uses.ledger import Ledger
 from hf_ewc.fisher.uses.nested import tensors_in
+from hf_ewc.fisher.uses.square_sum import SquareSum
 from hf_ewc.parameters import sharding
 
 # Named so since torch 2.13.
@@ -37,8 +37,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 @dataclass(eq=False)
-class _WholeAccount(Account):
-    """An account of a parameter whose values may be away when its sum is begun."""
+class _WholeSquareSum(SquareSum):
+    """The sum of a parameter whose values may be away when its sum is begun."""
 
     shape: torch.Size = field(default_factory=torch.Size)
 
@@ -69,11 +69,13 @@ class ShardedLedger(Ledger):
         whole = {name: p for unit in units for name, p in unit.parameters.items()}
         _refuse_others(model, parameters, whole, team)
         super().__init__({name: whole.get(name, p) for name, p in parameters.items()})
-        self._accounts = {
-            key: _WholeAccount(a.name, a.parameter, shape=sharding.whole_shape(parameters[a.name]))
-            for key, a in self._accounts.items()
+        self._by_tensor = {
+            key: _WholeSquareSum(
+                one.name, one.parameter, shape=sharding.whole_shape(parameters[one.name])
+            )
+            for key, one in self._by_tensor.items()
         }
-        self._by_name = {account.name: account for account in self._accounts.values()}
+        self._by_name = {one.name: one for one in self._by_tensor.values()}
         self._sums = {
             name: sharding.zeros_like_values(parameter)
             for name, parameter in parameters.items()
@@ -91,8 +93,8 @@ class ShardedLedger(Ledger):
     def totals(self) -> dict[str, Tensor]:
         """As of a ledger; sums over all processes in DTensors, and this one's own whole sums."""
         return {
-            name: self._sums[name] if name in self._sums else account.sum_of_squares()
-            for name, account in self._by_name.items()
+            name: self._sums[name] if name in self._sums else one.sum_of_squares()
+            for name, one in self._by_name.items()
         }
 
     @contextlib.contextmanager

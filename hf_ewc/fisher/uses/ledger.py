@@ -7,57 +7,56 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_ewc.fisher.uses.account import Account, Geometry, Site, repeats
 from hf_ewc.fisher.uses.graph import leaves
-from hf_ewc.fisher.uses.settling import settle, settle_derived
+from hf_ewc.fisher.uses.square_sum import Geometry, SquareSum, Use, repeats
+from hf_ewc.fisher.uses.squaring import square, square_derived
 
 
 class Ledger:
-    """Adds Σ_n (Σ_uses G_n)² to every parameter's account: the uses summed before squaring.
+    """Adds Σ_n (Σ_uses G_n)² to every parameter's sum: its uses are summed before squaring.
 
-    The forward opens a site for each use, the backward delivers a `Part` to it. When the last
-    outstanding site of a parameter has delivered, the parameter is settled and its parts freed;
-    what never delivers lies off the graph of the objective and has gradient zero.
+    The forward opens each use, the backward delivers its `PerExampleGradient`. When the last
+    outstanding use of a parameter has delivered, they are squared and freed; a use that never
+    delivers lies off the graph of the objective and has gradient zero.
 
     Args:
         parameters: the selected parameters by name.
-        num_examples: B, the examples in the batch.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._accounts = {id(p): Account(name, p) for name, p in parameters.items()}
+        self._by_tensor = {id(p): SquareSum(name, p) for name, p in parameters.items()}
         self.num_examples = 0
 
     def holds(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._accounts
+        return id(tensor) in self._by_tensor
 
     def name_of(self, tensor: Tensor) -> str:
-        return self._accounts[id(tensor)].name
+        return self._by_tensor[id(tensor)].name
 
     def totals(self) -> dict[str, Tensor]:
         """Σ over all examples so far of the squared gradients, by name."""
-        return {account.name: account.sum_of_squares() for account in self._accounts.values()}
+        return {one.name: one.sum_of_squares() for one in self._by_tensor.values()}
 
     def start(self, num_examples: int) -> None:
         """Begin a batch: no uses yet."""
         self.num_examples = num_examples
-        for account in self._accounts.values():
-            account.direct.clear()
-            account.derived.clear()
+        for one in self._by_tensor.values():
+            one.direct.clear()
+            one.derived.clear()
 
-    def open(self, tensor: Tensor) -> Site:
-        """A site for one use of `tensor`: a parameter, a view of one, or derived from some."""
+    def open(self, tensor: Tensor) -> Use:
+        """One use of `tensor`: of a parameter, a view of one, or what is derived from some."""
         geometry = self._geometry(tensor)
         if geometry is not None:
-            account = self._accounts[id(_base(tensor))]
-            site = Site(tensor, [account], self._delivered)
-            account.direct.append((site, geometry))
-            return site
-        accounts = [self._accounts[id(leaf)] for leaf in leaves(tensor) if self.holds(leaf)]
-        site = Site(tensor, accounts, self._delivered)
-        for account in accounts:
-            account.derived.append(site)
-        return site
+            one = self._by_tensor[id(_base(tensor))]
+            use = Use(tensor, [one], self._delivered)
+            one.direct.append((use, geometry))
+            return use
+        sums = [self._by_tensor[id(leaf)] for leaf in leaves(tensor) if self.holds(leaf)]
+        use = Use(tensor, sums, self._delivered)
+        for one in sums:
+            one.derived.append(use)
+        return use
 
     def is_direct(self, tensor: Tensor) -> bool:
         """Whether each element of `tensor` is one element of a parameter."""
@@ -72,44 +71,44 @@ class Ledger:
 
     def start_pass(self) -> None:
         """Before each backward over the graph."""
-        for account in self._accounts.values():
-            account.outstanding = len(account.direct)
-            for site in self._sites(account):
-                site.part = None
+        for one in self._by_tensor.values():
+            one.outstanding = len(one.direct)
+            for use in self._uses(one):
+                use.gradient = None
 
     @torch.no_grad()
     def finish_pass(self) -> None:
-        """After each backward: settle what is still open, derived tensors among it."""
-        settled: set[int] = set()
-        for account in self._accounts.values():
-            if id(account) in settled:
+        """After each backward: square what is still open, derived tensors among it."""
+        done: set[int] = set()
+        for one in self._by_tensor.values():
+            if id(one) in done:
                 continue
-            group = self._connected(account)
-            settled.update(id(member) for member in group)
+            group = self._connected(one)
+            done.update(id(member) for member in group)
             if any(member.derived for member in group):
-                settle_derived(group, self.num_examples)
+                square_derived(group, self.num_examples)
             else:
-                settle(account, self.num_examples)
+                square(one, self.num_examples)
 
-    def _sites(self, account: Account) -> list[Site]:
-        return [site for site, _ in account.direct] + account.derived
+    def _uses(self, one: SquareSum) -> list[Use]:
+        return [use for use, _ in one.direct] + one.derived
 
-    def _delivered(self, site: Site) -> None:
-        if len(site.accounts) != 1:
+    def _delivered(self, use: Use) -> None:
+        if len(use.sums) != 1:
             return
-        account = site.accounts[0]
-        if account.derived or not account.direct:
+        one = use.sums[0]
+        if one.derived or not one.direct:
             return
-        account.outstanding -= 1
-        if account.outstanding == 0:
-            settle(account, self.num_examples)
+        one.outstanding -= 1
+        if one.outstanding == 0:
+            square(one, self.num_examples)
 
-    def _connected(self, account: Account) -> list[Account]:
-        """The accounts that share derived tensors with `account`, itself included."""
-        group, queue = [account], [account]
+    def _connected(self, one: SquareSum) -> list[SquareSum]:
+        """The sums that share derived tensors with `one`, itself included."""
+        group, queue = [one], [one]
         while queue:
-            for site in queue.pop().derived:
-                for other in site.accounts:
+            for use in queue.pop().derived:
+                for other in use.sums:
                     if not any(other is member for member in group):
                         group.append(other)
                         queue.append(other)

@@ -95,17 +95,17 @@ def _add_square(total: Tensor, values: Tensor) -> None:
     total.addcmul_(values, values)
 
 
-def add_lookups(total: Tensor, indices: Tensor, gradients: Tensor) -> None:
-    """total += Σ_n R_n² with R_n[v] = Σ_t [index_nt = v] g_nt, the gradient of an embedding.
+def add_lookups(total: Tensor, indices: Tensor, gradients: Tensor, owners: Tensor) -> None:
+    """total += Σ_n R_n² with R_n[v] = Σ_{r : owner_r = n} [index_r = v] g_r, as of an embedding.
 
     Args:
         total: (V, D).
-        indices: (B, T).
-        gradients: (B, T, D).
+        indices: (R,).
+        gradients: (R, D).
+        owners: (R,), the example n of each.
     """
     size, width = total.shape
-    examples = torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
-    keys, inverse = torch.unique((examples * size + indices).flatten(), return_inverse=True)
+    keys, inverse = torch.unique(owners * size + indices, return_inverse=True)
     sums = total.new_zeros(keys.numel(), width)
-    sums.index_add_(0, inverse, gradients.reshape(-1, width).to(total.dtype))
+    sums.index_add_(0, inverse, gradients.to(total.dtype))
     total.index_add_(0, keys % size, sums.square_())

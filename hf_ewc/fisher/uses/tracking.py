@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.uses.account import Site
 from hf_ewc.fisher.uses.call import Call
 from hf_ewc.fisher.uses.ledger import Ledger
 from hf_ewc.fisher.uses.origins import Origins
 from hf_ewc.fisher.uses.rows import RowOwners
+from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.table import TensorTable
 
 
@@ -91,8 +91,8 @@ class Tracker:
 
     # Uses
 
-    def open(self, tensor: Tensor) -> Site | None:
-        """A site for this use; None while a checkpoint recomputes (its first run opened it).
+    def open(self, tensor: Tensor) -> Use | None:
+        """A use for this use; None while a checkpoint recomputes (its first run opened it).
 
         A cast has the identity as Jacobian, so its use is a use of what was cast.
         """

@@ -8,36 +8,40 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.uses.parts import Part
+from hf_ewc.fisher.uses.gradients import PerExampleGradient
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset into the parameter
 
 
-class Site:
-    """One use of a tensor: opened in the forward, delivered once a pass in the backward."""
+class Use:
+    """One use of a tensor: opened in the forward, delivered once a pass in the backward.
+
+    Args:
+        sums: of the parameters that the tensor is, or is derived from.
+    """
 
     def __init__(
-        self, tensor: Tensor, accounts: list[Account], on_delivery: Callable[[Site], None]
+        self, tensor: Tensor, sums: list[SquareSum], on_delivery: Callable[[Use], None]
     ) -> None:
         self.tensor = tensor
-        self.accounts = accounts
-        self.part: Part | None = None
+        self.sums = sums
+        self.gradient: PerExampleGradient | None = None
         self._on_delivery = on_delivery
 
-    def deliver(self, part: Part) -> None:
-        self.part = part
+    def deliver(self, gradient: PerExampleGradient) -> None:
+        self.gradient = gradient
         self._on_delivery(self)
 
 
 @dataclass(eq=False)
-class Account:
+class SquareSum:
     """The uses of one parameter, and the sum of squares they add up to."""
 
     name: str
     parameter: Tensor
     total: Tensor | None = None
-    direct: list[tuple[Site, Geometry]] = field(default_factory=list)
-    derived: list[Site] = field(default_factory=list)
+    direct: list[tuple[Use, Geometry]] = field(default_factory=list)
+    derived: list[Use] = field(default_factory=list)
     outstanding: int = 0
 
     def sum_of_squares(self) -> Tensor:
