@@ -240,7 +240,7 @@ def _watch_flushes() -> list[int]:
     flush = ledger.ShardedLedger._flush
 
     def watched(ledger: Any, names: Any) -> None:
-        totals = [account.total for account in ledger._accounts.values()]
+        totals = [one.total for one in ledger._by_tensor.values()]
         held.append(sum(total.numel() for total in totals if total is not None))
         flush(ledger, names)
 
