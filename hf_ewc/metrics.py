@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,15 @@ class AccuracyMatrix:
         baseline: b, by task; needed by forward transfer alone.
         joint: r, by task: the score on it of a model trained on the data of all tasks up to it;
             needed by intransigence alone.
+        lower_is_better: tasks whose figure is better the lower it is, with its name, such as
+            `{"news": "perplexity"}`. Their scores are that figure with the other sign; reports
+            and `to_dict` give the figure.
+        others: what is only evaluated, such as general text: by name T + 1 scores, before the first
+            task and after each. No measure counts them.
 
     Raises:
-        ValueError: shapes that do not fit the names, names that repeat, infinite scores.
+        ValueError: shapes that do not fit the names, names that repeat, infinite scores, or what
+            is not a number.
     """
 
     def __init__(
@@ -52,6 +59,8 @@ class AccuracyMatrix:
         *,
         baseline: Sequence[float] | Mapping[str, float] | None = None,
         joint: Sequence[float] | Mapping[str, float] | None = None,
+        lower_is_better: Mapping[str, str] | None = None,
+        others: Mapping[str, Sequence[float | None] | None] | None = None,
     ) -> None:
         if scores is None and len(tasks) and not isinstance(tasks[0], str):
             tasks, scores = [f"task {i + 1}" for i in range(len(tasks))], tasks  # type: ignore[assignment]
@@ -65,6 +74,13 @@ class AccuracyMatrix:
         self.scores: Array = empty if scores is None else _floats("scores", scores, (size, size))
         self.baseline = self._vector("baseline", baseline)
         self.joint = self._vector("joint", joint)
+        self.others = {name: self._other(name, values) for name, values in (others or {}).items()}
+        self.lower_is_better = dict(lower_is_better or {})
+        unknown = self.lower_is_better.keys() - {*self.tasks, *self.others}
+        if unknown:
+            raise ValueError(
+                f"lower_is_better names {sorted(unknown)}; the tasks are {list(self.tasks)}."
+            )
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -73,9 +89,13 @@ class AccuracyMatrix:
         return float(self.scores[self._at(index[0]), self._at(index[1])])
 
     def __setitem__(self, index: tuple[int | str, int | str], score: float) -> None:
-        if not np.isfinite(score):
-            raise ValueError(f"score on task {index[1]!r} is {score}; it must be a finite number.")
-        self.scores[self._at(index[0]), self._at(index[1])] = score
+        self.scores[self._at(index[0]), self._at(index[1])] = _finite(index[1], score)
+
+    def set_other(self, name: str, learnt: int, score: float) -> None:
+        """The score on what is only evaluated, after so many tasks (0: before the first)."""
+        if name not in self.others:
+            raise KeyError(f"nothing named {name!r} is only evaluated; there are {[*self.others]}.")
+        self.others[name][learnt] = _finite(name, score)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AccuracyMatrix) and self.to_dict() == other.to_dict()
@@ -86,6 +106,15 @@ class AccuracyMatrix:
         return (
             f"AccuracyMatrix({list(self.tasks)}, scores=\n{np.array_str(self.scores, precision=4)})"
         )
+
+    def sign(self, name: str) -> int:
+        """-1 where the score is a figure with the other sign, since lower is better; else 1."""
+        return -1 if name in self.lower_is_better else 1
+
+    @property
+    def signs(self) -> Array:
+        """`sign` of each task, (T,): times a row of R it gives the figures as they are known."""
+        return np.array([self.sign(name) for name in self.tasks], dtype=np.float64)
 
     @property
     def num_learnt(self) -> int:
@@ -173,18 +202,31 @@ class AccuracyMatrix:
                 f"the tasks {list(earlier.tasks)} are not the first of {list(self.tasks)}."
             )
         self.scores[:size, :size] = earlier.scores
+        for name in self.others.keys() & earlier.others.keys():
+            self.others[name][: size + 1] = earlier.others[name]
         if earlier.baseline is not None:
             self.baseline = np.full(len(self), np.nan)
             self.baseline[:size] = earlier.baseline
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers for JSON; NaN becomes None."""
-        return {
+        """Plain lists and numbers for JSON; NaN becomes None.
+
+        Where lower is better it is the figure that is written, not its negative.
+        """
+        signs = self.signs
+        content = {
             "tasks": list(self.tasks),
-            "scores": [_nones(row) for row in self.scores],
-            "baseline": None if self.baseline is None else _nones(self.baseline),
-            "joint": None if self.joint is None else _nones(self.joint),
+            "scores": [_nones(row) for row in self.scores * signs],
+            "baseline": None if self.baseline is None else _nones(self.baseline * signs),
+            "joint": None if self.joint is None else _nones(self.joint * signs),
         }
+        if self.lower_is_better:
+            content["lower_is_better"] = dict(self.lower_is_better)
+        if self.others:
+            content["others"] = {
+                name: _nones(values * self.sign(name)) for name, values in self.others.items()
+            }
+        return content
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AccuracyMatrix:
@@ -194,12 +236,36 @@ class AccuracyMatrix:
             raise ValueError(
                 f"an accuracy matrix needs tasks and scores; missing: {', '.join(missing)}."
             )
-        return cls(
+        if not isinstance(data["tasks"], list) or not all(
+            isinstance(name, str) for name in data["tasks"]
+        ):
+            raise ValueError(f"tasks are {data['tasks']!r}; needed is a list of names.")
+        matrix = cls(
             data["tasks"],
             data["scores"],
             baseline=data.get("baseline"),
             joint=data.get("joint"),
+            lower_is_better=data.get("lower_is_better"),
+            others=data.get("others"),
         )
+        return matrix._with_other_sign()
+
+    def _with_other_sign(self) -> AccuracyMatrix:
+        """From figures to scores, in place."""
+        signs = self.signs
+        self.scores *= signs
+        for vector in (self.baseline, self.joint):
+            if vector is not None:
+                vector *= signs
+        for name, values in self.others.items():
+            values *= self.sign(name)
+        return self
+
+    def _other(self, name: str, values: Sequence[float | None] | None) -> Array:
+        if name in self.tasks:
+            raise ValueError(f"{name!r} is a task, and only evaluated as well; name one otherwise.")
+        size = len(self) + 1
+        return np.full(size, np.nan) if values is None else _floats(name, values, (size,))
 
     def _vector(self, what: str, values: Any) -> Array | None:
         if values is None:
@@ -244,16 +310,46 @@ def _mean(values: Array) -> float:
     return float(np.mean(values)) if values.size else float("nan")
 
 
+def _finite(name: int | str, score: float) -> float:
+    try:
+        value = float(score)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"score on task {name!r} is {value}; it must be a finite number.")
+    return value
+
+
 def _floats(what: str, values: Any, shape: tuple[int, ...]) -> Array:
+    odd = (
+        [] if isinstance(values, np.ndarray) else [v for v in _entries(values) if not _is_score(v)]
+    )
+    if odd:
+        raise ValueError(f"{what} must be numbers of shape {shape}; {odd[0]!r} is none.")
     try:
         array = np.array(values, dtype=np.float64)  # None becomes NaN
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{what} must be numbers of shape {shape}: {error}") from error
     if array.shape != shape:
         raise ValueError(f"{what} has shape {array.shape}; {shape} is needed, one entry by task.")
     if np.isinf(array).any():
         raise ValueError(f"{what} has infinite entries; NaN (or None) marks what was not measured.")
     return array
+
+
+def _entries(values: Any) -> Iterator[Any]:
+    if isinstance(values, (list, tuple, np.ndarray)):
+        for value in values:
+            yield from _entries(value)
+    else:
+        yield values
+
+
+def _is_score(value: Any) -> bool:
+    """A number or None; NumPy would take `"1"` and `True` for numbers, too."""
+    return value is None or (
+        isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    )
 
 
 def _nones(values: Array) -> list[float | None]:

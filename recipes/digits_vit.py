@@ -72,7 +72,7 @@ def small_vit() -> ViTForImageClassification:
 
 def report(folder, runs) -> None:
     write_report(folder, runs, title="Handwritten digits, five tasks of two")
-    print(f"\nAccuracy on each task, {len(runs['EWC'])} seeds (mean ± standard deviation)\n")
+    print(f"\nAccuracy on each task, {len(runs['EWC'])} seeds (mean ± standard error)\n")
     for method, matrices in runs.items():
         print(f"{method}\n\n{score_table(matrices)}\n")
     print(f"{summary_table(runs)}\n")
