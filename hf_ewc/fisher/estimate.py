@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_ewc.fisher.estimation import Estimation, warn_of_slowness
 from hf_ewc.fisher.examples.batch import Collator
-from hf_ewc.fisher.examples.sources import Request, Source, source_of
-from hf_ewc.fisher.run import LogLikelihood, Plan, Run, warn_of_slowness
-from hf_ewc.fisher.sharded.run import ShardedRun, is_sharded
-from hf_ewc.fisher.team import Team
+from hf_ewc.fisher.examples.sources import Selection, source_of
+from hf_ewc.fisher.passes import LogLikelihood, Passes, Plan
+from hf_ewc.fisher.processes import Processes
+from hf_ewc.fisher.replicas import Replicas
+from hf_ewc.fisher.sharded.in_step import InStep, is_sharded
 from hf_ewc.fisher.untouched import preserved_random_states, untouched
 from hf_ewc.importance import FISHER_TYPES, Fisher
 from hf_ewc.parameters import sharding
@@ -95,47 +97,41 @@ def estimate_fisher(
     plain = unwrap(model)
     sharding.reshard(plain)
     selected = _select(plain, parameters)
-    team = Team.of(accelerator, next(iter(selected.values())).device)
-    wanted = Request(num_samples, batch_size, stratified, seed, team.rank, team.size)
+    processes = Processes.of(accelerator, next(iter(selected.values())).device)
+    wanted = Selection(num_samples, batch_size, stratified, seed, processes.rank, processes.size)
     half = any(p.dtype == torch.float16 for p in selected.values())
     scale = _HALF_SCALE if half else 1.0
     plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale)
-    run_type = ShardedRun if is_sharded(selected) else Run
-    run = run_type(plain, selected, plan, team)
-    source = _source_in_all(team, data, data_collator, wanted)
-    error = None
-    try:
-        with untouched(plain, selected):
-            run.consume(source, _progress_bar(source.expected, team))
-    except Exception as raised:
-        error = raised
-    team.raise_together(error)
-    _warn_of_others(run, team)
-    return _finished(run, team, plan, num_samples)
+    estimation = _estimation(plain, selected, plan, processes)
+    with processes.together(), preserved_random_states():
+        source = source_of(data, data_collator, wanted)
+    with processes.together(), untouched(plain, selected):
+        estimation.consume(source, _progress_bar(source.expected, processes))
+    _warn_of_others(estimation, processes)
+    return _finished(estimation, processes, plan, num_samples)
 
 
-def _source_in_all(team: Team, data: Any, collator: Collator | None, wanted: Request) -> Source:
-    """The batches of this process, or in every process the error that one of them met."""
-    source, error = None, None
-    try:
-        with preserved_random_states():
-            source = source_of(data, collator, wanted)
-    except Exception as raised:
-        error = raised
-    team.raise_together(error)
-    return cast(Source, source)
+def _estimation(
+    model: nn.Module, selected: Mapping[str, nn.Parameter], plan: Plan, processes: Processes
+) -> Estimation:
+    one_by_one = plan.fisher_type != "batched"
+    sharded = is_sharded(selected)
+    ways = (InStep if sharded else Replicas)(model, selected, processes, one_by_one=one_by_one)
+    passes = Passes(model, plan, never_none=sharded)
+    speaks = processes.rank == 0
+    return Estimation(ways, passes, plan, len(selected), type(model).__name__, speaks)
 
 
-def _progress_bar(total: int | None, team: Team) -> functools.partial[Any]:
-    return functools.partial(logging.tqdm, total=total, desc="Fisher", disable=team.rank > 0)
+def _progress_bar(total: int | None, processes: Processes) -> functools.partial[Any]:
+    return functools.partial(logging.tqdm, total=total, desc="Fisher", disable=processes.rank > 0)
 
 
-def _warn_of_others(run: Run, team: Team) -> None:
+def _warn_of_others(estimation: Estimation, processes: Processes) -> None:
     """On the main process, what the others ran into and it did not."""
-    if not team.largest([run.slow_because is not None])[0]:
+    if not processes.largest([estimation.slow_because is not None])[0]:
         return
-    reasons = team.gather(run.slow_because)
-    if team.rank == 0 and run.slow_because is None:
+    reasons = processes.gather(estimation.slow_because)
+    if processes.rank == 0 and estimation.slow_because is None:
         warn_of_slowness(next(filter(None, reasons)), stacklevel=3)
 
 
@@ -198,31 +194,33 @@ def _tied_names(model: nn.Module, every: Mapping[str, nn.Parameter]) -> dict[str
     }
 
 
-def _finished(run: Run, team: Team, plan: Plan, num_samples: int | None) -> Fisher:
+def _finished(
+    estimation: Estimation, processes: Processes, plan: Plan, num_samples: int | None
+) -> Fisher:
     """The mean over the examples of all processes, checked in each of them."""
-    count = team.total(run.num_examples)
+    count = processes.total(estimation.num_examples)
     if count == 0:
         raise ValueError(
             "No usable examples: the data set is empty, or no example has a labelled position "
             "(all labels are -100)."
         )
-    if num_samples is not None and count < num_samples and team.rank == 0:
+    if num_samples is not None and count < num_samples and processes.rank == 0:
         warnings.warn(
             f"The Fisher was estimated on {count} examples, fewer than the {num_samples} asked "
             "for: no more with a label were there.",
             stacklevel=3,
         )
     divisor = count * plan.scale**2
-    diagonal = {name: total.div_(divisor).float() for name, total in run.totals().items()}
-    team.raise_together(_infinite(diagonal))
-    return Fisher(diagonal, count, run.fisher_type)
+    diagonal = {name: total.div_(divisor).float() for name, total in estimation.totals().items()}
+    with processes.together():
+        _require_finite(diagonal)
+    return Fisher(diagonal, count, estimation.fisher_type)
 
 
-def _infinite(diagonal: Mapping[str, Tensor]) -> ValueError | None:
+def _require_finite(diagonal: Mapping[str, Tensor]) -> None:
     for name, value in diagonal.items():
         if not torch.isfinite(sharding.local_part(value)).all():
-            return ValueError(
+            raise ValueError(
                 f"The gradient of {name!r} is not finite, so its Fisher is not. Look for NaN in "
                 "the weights, or estimate in bf16 or fp32: fp16 ends at 65504."
             )
-    return None

@@ -31,7 +31,7 @@ from hf_ewc.fisher.examples.choice import choose, labels_of
 
 
 @dataclass(frozen=True)
-class Request:
+class Selection:
     """Which examples are wanted: see `estimate_fisher`; `rank` of `world` is this process."""
 
     num_samples: int | None = None
@@ -57,7 +57,7 @@ class Source:
     expected: int | None = None
 
 
-def source_of(data: Any, collator: Collator | None, wanted: Request) -> Source:
+def source_of(data: Any, collator: Collator | None, wanted: Selection) -> Source:
     """The batches of `data` that are this process's to run.
 
     Examples with an index are chosen once for all processes and shared one by one; batches that
@@ -84,7 +84,7 @@ def source_of(data: Any, collator: Collator | None, wanted: Request) -> Source:
     return _shared(numbered_batches(data, wanted.num_samples), wanted)
 
 
-def _from_examples(data: Any, collate: Collator, wanted: Request) -> Source:
+def _from_examples(data: Any, collate: Collator, wanted: Selection) -> Source:
     chosen = _chosen(data, wanted)
     share = chosen[wanted.rank :: wanted.world]
     return Source(
@@ -94,7 +94,7 @@ def _from_examples(data: Any, collate: Collator, wanted: Request) -> Source:
     )
 
 
-def _from_loader(loader: DataLoader[Any], wanted: Request) -> Source:
+def _from_loader(loader: DataLoader[Any], wanted: Selection) -> Source:
     """The examples of the loader's data set, collated as the loader does it, by its workers."""
     data, collate = loader.dataset, loader.collate_fn
     _refuse_empty(data)
@@ -112,12 +112,12 @@ def _from_loader(loader: DataLoader[Any], wanted: Request) -> Source:
     )
 
 
-def _chosen(data: Any, wanted: Request) -> list[int]:
+def _chosen(data: Any, wanted: Selection) -> list[int]:
     labels = labels_of(data, range(len(data))) if wanted.stratified else None
     return choose(len(data), wanted.num_samples, wanted.seed, labels)
 
 
-def _from_stream(data: Iterable[Any], collate: Collator, wanted: Request) -> Source:
+def _from_stream(data: Iterable[Any], collate: Collator, wanted: Selection) -> Source:
     """The first examples of an iterable data set; only this process's batches are collated."""
     size = wanted.batch_size
     stream = enumerate(itertools.islice(data, wanted.num_samples))
@@ -136,7 +136,7 @@ def _from_stream(data: Iterable[Any], collate: Collator, wanted: Request) -> Sou
     return Source(lambda: next(batches_of(head[:1])) if head else None, batches())
 
 
-def _shared(stream: Iterator[ExampleBatch], wanted: Request) -> Source:
+def _shared(stream: Iterator[ExampleBatch], wanted: Selection) -> Source:
     """Batches that come collated: each process takes every `world`-th."""
     head = next(stream, None)
     everything = itertools.chain([] if head is None else [head], stream)

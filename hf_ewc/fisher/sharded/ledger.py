@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.sharded.units import Unit, units_of
-from hf_ewc.fisher.team import Team
 from hf_ewc.fisher.uses.ledger import Ledger
 from hf_ewc.fisher.uses.nested import tensors_in
 from hf_ewc.fisher.uses.square_sum import SquareSum
@@ -56,18 +56,18 @@ class ShardedLedger(Ledger):
         model: with parameters sharded by FSDP2 or ZeRO-3.
         parameters: the selected ones by name; those that FSDP2 was told to ignore are whole, and
             for them the sum is this process's own.
-        team: the processes in step.
+        processes: those in step.
 
     Raises:
         ValueError: a parameter is sharded in another way.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], team: Team
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], processes: Processes
     ) -> None:
         units = units_of(model)
         whole = {name: p for unit in units for name, p in unit.parameters.items()}
-        _refuse_others(model, parameters, whole, team)
+        _refuse_others(model, parameters, whole, processes)
         super().__init__({name: whole.get(name, p) for name, p in parameters.items()})
         self._by_tensor = {
             key: _WholeSquareSum(
@@ -86,7 +86,7 @@ class ShardedLedger(Ledger):
             for unit in units
         ]
         self._model = model
-        self._team = team
+        self._processes = processes
         self._current: Unit | None = None
         self._flushed: list[Unit] = []
 
@@ -134,12 +134,12 @@ class ShardedLedger(Ledger):
 
     def finish_pass(self) -> None:
         names = list(self._sums)
-        derived = self._team.largest([bool(self._by_name[name].derived) for name in names])
+        derived = self._processes.largest([bool(self._by_name[name].derived) for name in names])
         needed = {name for name, used in zip(names, derived, strict=True) if used}
         sharding.release(self._model)
         with self._gathered(needed):
             super().finish_pass()
-        held = self._team.largest([self._by_name[name].total is not None for name in names])
+        held = self._processes.largest([self._by_name[name].total is not None for name in names])
         self._flush([name for name, some in zip(names, held, strict=True) if some])
 
     @contextlib.contextmanager
@@ -211,7 +211,10 @@ def _by_layout(names: Sequence[str], sums: Mapping[str, DTensor]) -> list[list[s
 
 
 def _refuse_others(
-    model: nn.Module, parameters: Mapping[str, Tensor], whole: Mapping[str, Tensor], team: Team
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor],
+    processes: Processes,
 ) -> None:
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
@@ -221,11 +224,11 @@ def _refuse_others(
             size, how = dist.get_world_size(group), "partitions of ZeRO-3"
         else:
             continue
-        if name not in whole or size != team.size:
+        if name not in whole or size != processes.size:
             raise ValueError(
-                f"{name!r} is held by {size} of {team.size} processes as {how}, which is neither "
-                "FSDP2 nor ZeRO-3 alone (tensor or expert parallelism?). Estimate the Fisher with "
-                "one of these over all processes, or on the whole model."
+                f"{name!r} is held by {size} of {processes.size} processes as {how}, which is "
+                "neither FSDP2 nor ZeRO-3 alone (tensor or expert parallelism?). Estimate the "
+                "Fisher with one of these over all processes, or on the whole model."
             )
         if sharding.is_partitioned(parameter) and not hasattr(model, "ds_id"):
             raise ValueError(

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from hf_ewc.fisher.engine.one_backward import OneBackward
 from hf_ewc.fisher.engine.protocol import Objectives
 from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.sharded.ledger import ShardedLedger
-from hf_ewc.fisher.team import Team
 from hf_ewc.parameters import sharding
 
 
@@ -21,11 +21,11 @@ class ShardedOneBackward(OneBackward):
     """All examples of all processes in one backward, into this process's parts of the sums."""
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], team: Team
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], processes: Processes
     ) -> None:
-        self.ledger = ShardedLedger(model, parameters, team)
+        self.ledger = ShardedLedger(model, parameters, processes)
         super().__init__(model, parameters, self.ledger)
-        self._team = team
+        self._processes = processes
 
     def add(self, batch: ExampleBatch, objectives: Objectives) -> None:
         """Raises `UncoveredUse` in every process, with nothing added, if one has such a use."""
@@ -33,9 +33,9 @@ class ShardedOneBackward(OneBackward):
             super().add(batch, objectives)
 
     def _refuse(self, uncovered: list[tuple[str, str]]) -> None:
-        if self._team.largest([len(uncovered)])[0]:
+        if self._processes.largest([len(uncovered)])[0]:
             _forget_forward(self._model)
-            everywhere = [use for uses in self._team.gather(uncovered) for use in uses]
+            everywhere = [use for uses in self._processes.gather(uncovered) for use in uses]
             super()._refuse(list(dict.fromkeys(everywhere)))
 
 

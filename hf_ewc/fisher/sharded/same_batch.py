@@ -14,8 +14,8 @@ from hf_ewc.fisher.engine.checkpointing import checkpointing
 from hf_ewc.fisher.engine.one_by_one import before_capture, with_last
 from hf_ewc.fisher.engine.protocol import Objectives
 from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.sharded.one_backward import kept_whole
-from hf_ewc.fisher.team import Team
 from hf_ewc.parameters import sharding
 
 
@@ -36,7 +36,7 @@ class SameBatchEverywhere:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         totals: dict[str, Tensor],
-        team: Team,
+        processes: Processes,
         *,
         sign: float = 1.0,
         one_by_one: bool = True,
@@ -44,7 +44,7 @@ class SameBatchEverywhere:
         self._model = model
         self._parameters = parameters
         self._totals = totals
-        self._team = team
+        self._processes = processes
         self._sign = sign
         self._one_by_one = one_by_one
         self._zero3 = [p for p in parameters.values() if sharding.is_zero3(p)]
@@ -101,7 +101,7 @@ class SameBatchEverywhere:
         if isinstance(total, DTensor):
             if not isinstance(gradient, DTensor):
                 gradient = sharding.local_rows(gradient, total)
-        elif self._team.rank > 0:
+        elif self._processes.rank > 0:
             return  # of a parameter that all hold whole, one process counts
         total, gradient = sharding.local_part(total), sharding.local_part(gradient)
         gradient = gradient.to(total.dtype)

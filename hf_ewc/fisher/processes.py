@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ BUCKET_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Team:
+class Processes:
     """One process among `size`; every method is a call that all of them make, in the same order.
 
     Args:
@@ -30,7 +31,7 @@ class Team:
     device: torch.device | str = "cpu"
 
     @classmethod
-    def of(cls, accelerator: Accelerator | None, device: torch.device) -> Team:
+    def of(cls, accelerator: Accelerator | None, device: torch.device) -> Processes:
         """The processes of `accelerator`, or those of torch.distributed where it runs."""
         if accelerator is not None:
             return cls(accelerator.process_index, accelerator.num_processes, accelerator.device)
@@ -76,13 +77,19 @@ class Team:
             for tensor, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(summed.view(tensor.shape))
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise in every process what one of them has met, so that none waits for the others.
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process meets inside is raised in all of them, so that none waits for others.
 
         Raises:
             Exception: this process's own error.
             RuntimeError: the error of another process, by its text.
         """
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
         if not self.largest([error is not None])[0]:
             return
         texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")

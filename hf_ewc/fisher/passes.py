@@ -1,0 +1,153 @@
+"""From a batch to what is backpropagated: the forward, then one objective for each pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.examples.choice import uniforms
+from hf_ewc.fisher.likelihood.distributions import Distribution
+from hf_ewc.fisher.likelihood.outputs import LabelReader
+
+# `auto` takes the exact expectation up to this many backward passes, and samples above.
+MAX_EXACT_PASSES = 9
+LogLikelihood = Callable[[nn.Module, dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the Fisher is to be taken.
+
+    Args:
+        fisher_type, seed, num_draws, fallback, log_likelihood: see `estimate_fisher`.
+        scale: of the objectives, divided out of the squares at the end.
+    """
+
+    fisher_type: str = "auto"
+    seed: int = 0
+    num_draws: int = 1
+    fallback: str = "warn"
+    log_likelihood: LogLikelihood | None = None
+    scale: float = 1.0
+
+
+class Passes:
+    """Yields the objectives of a batch, checked and scaled, and counts its examples.
+
+    Args:
+        model: the unwrapped model, in eval mode.
+        plan: how the Fisher is to be taken.
+        never_none: whether a batch without a label still yields an objective, of gradient zero, so
+            that a backward follows its forward.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, *, never_none: bool = False) -> None:
+        self.num_examples = 0
+        self.fisher_type = plan.fisher_type
+        self._model = model
+        self._plan = plan
+        self._never_none = never_none
+        self._reader = LabelReader(model)
+
+    def __call__(self, batch: ExampleBatch) -> Iterator[Tensor]:
+        stream = self._of_user(batch) if self._plan.log_likelihood else self._of_model(batch)
+        for objective in stream:
+            yield objective * self._plan.scale
+
+    def settle_type(self, first: ExampleBatch) -> None:
+        """What "auto" means, by an example that all processes have."""
+        if self.fisher_type != "auto":
+            return
+        with self.uncounted(), torch.no_grad():
+            next(self(first), None)
+        # A single example may not tell how labels are shifted: that is found by the first batch.
+        self._reader = LabelReader(self._model)
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """The examples of passes inside do not count."""
+        counted = self.num_examples
+        try:
+            yield
+        finally:
+            self.num_examples = counted
+
+    @contextlib.contextmanager
+    def counted_if_done(self) -> Iterator[None]:
+        """The examples of passes inside do not count where an error ends them."""
+        counted = self.num_examples
+        try:
+            yield
+        except BaseException:
+            self.num_examples = counted
+            raise
+
+    def _of_user(self, batch: ExampleBatch) -> Iterator[Tensor]:
+        assert self._plan.log_likelihood is not None
+        values = self._plan.log_likelihood(self._model, batch.inputs)
+        _check_values(values, batch)
+        kept = _kept(batch, values.device)
+        self.num_examples += len(batch) - batch.padding
+        self.fisher_type = "batched" if self._plan.fisher_type == "batched" else "empirical"
+        values = torch.where(kept, values, values.detach()) if batch.padding else values
+        yield _finite(values.sum(), batch)
+
+    def _of_model(self, batch: ExampleBatch) -> Iterator[Tensor]:
+        distribution = self._reader.distribution(batch.inputs)
+        kept = _kept(batch, distribution.labelled.device)
+        if batch.padding:
+            distribution = distribution.without(~kept)
+        self.num_examples += int((distribution.labelled & kept).sum())
+        self.fisher_type = self._settled_type(distribution)
+        objective = None
+        for objective in self._expectation(distribution, batch.ids):
+            yield _finite(objective, batch)
+        if objective is None and self._never_none:
+            yield distribution.graph_output().sum() * 0.0
+
+    def _settled_type(self, distribution: Distribution) -> str:
+        """By the very first example, so that it does not depend on the size of the batches."""
+        if self.fisher_type != "auto":
+            return self.fisher_type
+        few = distribution.first_example().num_exact_passes <= MAX_EXACT_PASSES
+        return "exact" if few else "sampled"
+
+    def _expectation(self, distribution: Distribution, ids: Sequence[int]) -> Iterator[Tensor]:
+        if self.fisher_type == "exact":
+            yield from distribution.exact()
+        elif self.fisher_type == "sampled":
+            for draw in range(self._plan.num_draws):
+
+                def numbers(count: int, n: int, draw: int = draw) -> Tensor:
+                    return uniforms(self._plan.seed, ids[n], draw, count)
+
+                yield distribution.sampled(numbers) / self._plan.num_draws**0.5
+        else:
+            yield distribution.empirical()
+
+
+def _kept(batch: ExampleBatch, device: torch.device) -> Tensor:
+    return torch.arange(len(batch), device=device) < len(batch) - batch.padding
+
+
+def _finite(objective: Tensor, batch: ExampleBatch) -> Tensor:
+    if not torch.isfinite(objective):
+        raise ValueError(
+            f"The log-likelihood is {objective.item()} on the batch of examples {batch.ids}; the "
+            "Fisher needs finite outputs. Look for NaN in the weights or in these examples."
+        )
+    return objective
+
+
+def _check_values(values: Tensor, batch: ExampleBatch) -> None:
+    if values.shape != (len(batch),):
+        raise ValueError(
+            f"log_likelihood returned shape {tuple(values.shape)} for {len(batch)} examples; it "
+            "must return log p(y|x) of each, shape (batch,)."
+        )
