@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,18 @@ from torch import Tensor
 from hf_ewc import EWCState, estimate_fisher
 from tests.fisher_processes import CASES, fisher_of
 from tests.models import Examples, bert, llama
-from tests.torchrun import torchrun
+from tests.processes import launch, torchrun
 
 SHARDED = [("shards", 2), ("partitions", 2)]
 
 
-def launched(action: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    return torchrun(processes, "tests.fisher_processes", action, str(folder))
+def launched(action: str, folder: Path, processes: int) -> tuple[int, str]:
+    return launch(*torchrun(processes), "-m", "tests.fisher_processes", action, str(folder))
 
 
 def result_of(action: str, folder: Path, processes: int) -> dict[str, Any]:
-    done = launched(action, folder, processes)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    code, output = launched(action, folder, processes)
+    assert code == 0, output[-6000:]
     return read_result(folder)
 
 
@@ -37,12 +36,12 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Pa
     """The folder of a launch of "shards" or "partitions", made once for each."""
 
     @functools.cache
-    def launch(action: str, processes: int) -> Path:
+    def begin(action: str, processes: int) -> Path:
         folder: Path = tmp_path_factory.mktemp(f"{action}_{processes}")
         result_of(action, folder, processes)
         return folder
 
-    return launch
+    return begin
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -133,4 +132,4 @@ def test_the_trainer_consolidates(action: str, tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies_ends_the_launch(tmp_path: Path) -> None:
-    assert launched("die", tmp_path, 2).returncode != 0
+    assert launched("die", tmp_path, 2)[0] != 0

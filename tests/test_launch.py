@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,46 +24,11 @@ from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training import checkpoints
 from hf_ewc.training.trainer import EWCTrainer
 from tests.models import Examples, bert, random_quadratic
+from tests.processes import ACCELERATE, ROOT, launch, torchrun
 from tests.training import arguments, ewc_trainer
 
-ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "accelerate"
 NAMES = ["cpu_2", "ddp", "fsdp2", "zero2", "zero3"]
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-TORCHRUN += ["--rdzv_endpoint", "localhost:0"]
-ACCELERATE = ["accelerate.commands.launch"]
-
-
-def launch(*command: str, timeout: float = 420, **environment: str) -> tuple[int, str]:
-    """Run ``python -m command`` on CPUs: its exit code, what it and its processes printed.
-
-    Whatever is left of them after ``timeout`` seconds is killed, and the test fails.
-    """
-    inherited = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
-    settings = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "DS_IGNORE_CUDA_DETECTION": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={**inherited, **settings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"It hung for {timeout} s:\n{output[-4000:]}")
-    return process.returncode, output
 
 
 # ---- The configurations in recipes/accelerate ----
@@ -90,7 +51,7 @@ def test_each_configuration_opens_with_its_command(name: str) -> None:
 def test_the_command_of_cpu_2(tmp_path: Path) -> None:
     command = (RECIPES / "cpu_2.yaml").read_text(encoding="utf-8").splitlines()[0].split()[3:]
     short = ["--num_seeds", "1", "--max_steps", "2", "--fisher_samples", "8"]
-    code, output = launch(*ACCELERATE, *command, *short, "--output_dir", str(tmp_path))
+    code, output = launch(ACCELERATE, *command, *short, "--output_dir", str(tmp_path), fresh=True)
     assert code == 0, output[-6000:]
     assert output.count("Accuracy on each task, 1 seeds") == 1  # one process reports
     runs = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
@@ -108,7 +69,7 @@ def in_a_row(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     def learn(name: str) -> dict[str, Any]:
         folder: Path = tmp_path_factory.mktemp(name)
         config = ["--config_file", str(RECIPES / f"{name}.yaml")]
-        code, output = launch(*ACCELERATE, *config, "-m", "tests.launched", "tasks", str(folder))
+        code, output = launch(ACCELERATE, *config, "-m", "tests.launched", "tasks", str(folder))
         assert code == 0, output[-6000:]
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         return result
@@ -133,7 +94,7 @@ def test_resumed_runs_equal_undisturbed_ones(name: str, kind: str, tmp_path: Pat
     config = ["--config_file", str(RECIPES / f"{name}.yaml")]
     if name == "fsdp2":
         config += ["--fsdp_transformer_layer_cls_to_wrap", "BertLayer"]
-    code, output = launch(*ACCELERATE, *config, "-m", "tests.launched", "resume", str(tmp_path))
+    code, output = launch(ACCELERATE, *config, "-m", "tests.launched", "resume", str(tmp_path))
     assert code == 0, output[-6000:]
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result["processes"] == 2
@@ -162,7 +123,7 @@ def test_a_sharded_checkpoint_resumes(tmp_path: Path) -> None:
     content["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = "BertLayer"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     config = ["--config_file", str(tmp_path / "config.yaml")]
-    code, output = launch(*ACCELERATE, *config, "-m", "tests.launched", "resume", str(tmp_path))
+    code, output = launch(ACCELERATE, *config, "-m", "tests.launched", "resume", str(tmp_path))
     assert code == 0, output[-6000:]
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result["sharded"] is result["same"] is result["state_is_back"] is True
@@ -170,7 +131,7 @@ def test_a_sharded_checkpoint_resumes(tmp_path: Path) -> None:
 
 def test_a_model_that_transformers_sharded(tmp_path: Path) -> None:
     """The Trainer refuses to resume those; model and state are saved."""
-    code, output = launch(*TORCHRUN, "-m", "tests.launched", "sharded", str(tmp_path))
+    code, output = launch(*torchrun(2), "-m", "tests.launched", "sharded", str(tmp_path))
     assert code == 0, output[-6000:]
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result == {"processes": 2, "state_is_back": True, "saved_is_trained": True}
@@ -182,13 +143,19 @@ def test_a_model_that_transformers_sharded(tmp_path: Path) -> None:
 MULTI_CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}
 
 
+def begin(options: list[str], folder: Path, **environment: str) -> tuple[int, str]:
+    """A launcher of one process starts a new interpreter, and passes its environment on to it."""
+    command = [ACCELERATE, *options, "-m", "tests.launched", "begin", str(folder)]
+    return launch(*command, fresh=True, **environment)
+
+
 @pytest.mark.parametrize("how", ["--cpu", "MULTI_CPU"])
 def test_one_process_where_two_were_asked_for(how: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(MULTI_CPU), encoding="utf-8")
     options = ["--config_file", str(tmp_path / "config.yaml")]
     if how == "--cpu":
         options = ["--cpu", "--num_processes", "2"]
-    code, output = launch(*ACCELERATE, *options, "-m", "tests.launched", "begin", str(tmp_path))
+    code, output = begin(options, tmp_path)
     assert code != 0
     assert "asked for more than one process, but it started one" in output
     assert "--multi_gpu --num_processes N" in output
@@ -197,7 +164,7 @@ def test_one_process_where_two_were_asked_for(how: str, tmp_path: Path) -> None:
 
 def test_two_processes_that_are_not_connected(tmp_path: Path) -> None:
     options = ["--config_file", str(RECIPES / "ddp.yaml")]
-    code, output = launch(*ACCELERATE, *options, "-m", "tests.launched", "alone", str(tmp_path))
+    code, output = launch(ACCELERATE, *options, "-m", "tests.launched", "alone", str(tmp_path))
     assert code != 0
     assert "2 processes were launched, but only 1 would train here" in output
     assert "use_cpu=True" in output
@@ -208,9 +175,7 @@ def test_one_process_in_a_shell_that_says_where_several_would_meet(tmp_path: Pat
     """As on a cluster, where one process was asked for all the same."""
     options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
     meeting_point = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    code, output = launch(
-        *ACCELERATE, *options, "-m", "tests.launched", "begin", str(tmp_path), **meeting_point
-    )
+    code, output = begin(options, tmp_path, **meeting_point)
     assert code == 0, output[-6000:]
     assert (tmp_path / "processes").read_text() == "1"
 
@@ -238,7 +203,8 @@ def test_a_plain_trainer_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_process_that_dies_ends_the_launch(tmp_path: Path) -> None:
     begin = time.monotonic()
-    code, output = launch(*TORCHRUN, "-m", "tests.launched", "die", str(tmp_path), timeout=300)
+    command = [*torchrun(2), "-m", "tests.launched", "die", str(tmp_path)]
+    code, output = launch(*command, fresh=True, timeout=300)
     assert code != 0
     assert "Signal 9 (SIGKILL)" in output
     assert time.monotonic() - begin < 90

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -22,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from hf_ewc import EWCState, Fisher
 from hf_ewc.state import hub, storage
 from hf_ewc.state.ewc_state import TaskRecord
+from tests.processes import FORKS
 
 RECORD = TaskRecord("digits | 1", 200, "exact", 0.5, "2026-11-24T03:00:00+00:00")
 
@@ -304,9 +304,6 @@ def test_reading_while_another_process_saves(tmp_path, monkeypatch):
 
 # Processes that are killed
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["hf_ewc.state.ewc_state", "test_storage"])
-
 
 def save_for_ever(folder: Path, ready) -> None:
     torch.set_num_threads(1)
@@ -363,7 +360,7 @@ def test_killed_at_every_change_of_the_file_system(tmp_path):
             folder = tmp_path / f"{call}-{before}"
             make(1.0).save_pretrained(folder)
             storage.save_reference(folder, folder / "checkpoint-1")
-            process = FORK.Process(target=save_until, args=(folder, call, before))
+            process = FORKS.Process(target=save_until, args=(folder, call, before))
             process.start()
             process.join(60)
             codes.add(process.exitcode)
@@ -384,8 +381,8 @@ def test_killed_at_random_moments(tmp_path):
     make(1.0, rows=2000).save_pretrained(tmp_path)
     storage.save_reference(tmp_path, tmp_path / "checkpoint-1")
     for _ in range(20):
-        ready = FORK.Event()
-        process = FORK.Process(target=save_for_ever, args=(tmp_path, ready))
+        ready = FORKS.Event()
+        process = FORKS.Process(target=save_for_ever, args=(tmp_path, ready))
         process.start()
         assert ready.wait(60)
         time.sleep(chance.uniform(0.0, 0.06))
@@ -517,8 +514,7 @@ def save_often(folder: Path, value: float) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")
 def test_two_writers_wait_for_each_other(tmp_path):
     make(1).save_pretrained(tmp_path)
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=save_often, args=(tmp_path, value)) for value in (2.0, 3.0)]
+    writers = [FORKS.Process(target=save_often, args=(tmp_path, value)) for value in (2.0, 3.0)]
     for writer in writers:
         writer.start()
     seen = set()

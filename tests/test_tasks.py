@@ -1,13 +1,8 @@
 """The runner over tasks: scores, scenarios, and going on after a kill as if there was none."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +23,7 @@ from transformers import (
 from hf_ewc import EWCConfig, EWCState, Task, run_tasks
 from hf_ewc.tasks.evaluation import accuracy
 from hf_ewc.tasks.scenario import guess_scenario, labels_of
+from tests.processes import FORKS
 
 SIZES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -291,36 +287,38 @@ def test_label_smoothing_is_refused_with_classes(tmp_path):
 # ---- Kill and go on, with real processes ----
 
 
-def killable_run(folder: str) -> None:
-    """What the child process does; the test below starts this file with a folder."""
+def killable_run(folder):
+    """What the child process does."""
     args = arguments(folder, save_strategy="steps", save_steps=4, save_total_limit=2)
     result = run_tasks(vit(), two_tasks(), args, CONFIG)
-    torch.save([p.detach() for p in result.model.parameters()], Path(folder) / "weights.pt")
+    torch.save([p.detach() for p in result.model.parameters()], folder / "weights.pt")
 
 
 def start(folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    with open(f"{folder}.log", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(folder)], env=environment, stdout=log, stderr=log
-        )
+    process = FORKS.Process(target=killable_run, args=(folder,))
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(300)
+    assert process.exitcode == 0
 
 
 def kill_when(process, path, delay=0.0):
     """kill -9 once `path` is there (some time later), unless the process ends before."""
-    for _ in range(6000):
-        if process.poll() is not None or path.exists():
+    for _ in range(30000):
+        if process.exitcode is not None or path.exists():
             break
-        time.sleep(0.01)
+        time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
 
 
 def test_killed_at_several_moments_it_ends_with_the_same_result(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole).wait(timeout=300) == 0, Path(f"{whole}.log").read_text()
+    finish(start(whole))
     first, second = cut / "01-0-or-1", cut / "02-2-or-3"
     moments = [
         (first / "checkpoint-4", 0.0),  # while a checkpoint of the first task is written
@@ -331,7 +329,7 @@ def test_killed_at_several_moments_it_ends_with_the_same_result(tmp_path):
         kill_when(start(cut), path, delay)
         if (cut / "results.json").exists():
             json.loads((cut / "results.json").read_text())
-    assert start(cut).wait(timeout=300) == 0, Path(f"{cut}.log").read_text()
+    finish(start(cut))
 
     for one, other in zip(
         torch.load(whole / "weights.pt"), torch.load(cut / "weights.pt"), strict=True
@@ -339,10 +337,6 @@ def test_killed_at_several_moments_it_ends_with_the_same_result(tmp_path):
         assert torch.equal(one, other)
     results = [json.loads((f / "results.json").read_text()) for f in (whole, cut)]
     assert results[0] == results[1]
-
-
-if __name__ == "__main__":
-    killable_run(sys.argv[1])
 
 
 def test_further_tasks_go_behind_those_that_are_done(tmp_path):

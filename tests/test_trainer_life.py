@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +20,8 @@ from hf_ewc.training import checkpoints
 from hf_ewc.training.refusals import check_supported
 from hf_ewc.training.trainer import EWCSeq2SeqTrainer, EWCTrainer
 from tests.models import MODELS, Examples, bert, random_quadratic
+from tests.processes import launch
 from tests.training import arguments, ewc_trainer
-
-ROOT = Path(__file__).parent.parent
 
 
 def consolidating(folder: Path, data: Any = None, model: nn.Module | None = None) -> EWCTrainer:
@@ -362,17 +358,9 @@ def test_going_on_from_files_is_going_on_in_memory(tmp_path: Path) -> None:
 
 
 def start(folder: Path, *options: str) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.life", str(folder), *options],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    code, output = launch("tests.life", str(folder), *options)
+    assert code in (0, -signal.SIGKILL), output
+    return code
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.torchrun import torchrun
+from tests.processes import launch, torchrun
 
 DDP = ["ddp", "ddp_unused", "ddp_static", "ddp_checkpoint", "ddp_checkpoint_reentrant"]
 
 
 @pytest.mark.parametrize("case", [*DDP, "fsdp2", "zero1", "zero2", "zero3"])
 def test_the_penalty_is_exact_and_logged_once(case: str, tmp_path: Path) -> None:
-    done = torchrun(2, "tests.many_processes", case, str(tmp_path))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    command = [*torchrun(2), "-m", "tests.many_processes", case, str(tmp_path)]
+    code, output = launch(*command, fresh=case == "ddp")
+    assert code == 0, output[-6000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["error"] < 1e-5
     assert result["ewc_penalty"] == pytest.approx(result["penalty"], rel=1e-5)
