@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from hf_ewc import EWCState, Fisher
+from hf_ewc.files import sha256
 from hf_ewc.state import hub, storage
 from hf_ewc.state.ewc_state import TaskRecord
 from tests.processes import FORKS
@@ -271,7 +272,7 @@ def test_files_that_are_whole_but_wrong_are_refused(tmp_path, change):
     elif change == "kind":
         document["parameters"] = ["scale"]
     storage.save_file(tensors, tmp_path / "changed")
-    digest = files.sha256(tmp_path / "changed")
+    digest = sha256(tmp_path / "changed")
     document["tensors"] = {"file": f"ewc_state-{digest[:16]}.safetensors", "sha256": digest}
     shutil.move(tmp_path / "changed", tmp_path / document["tensors"]["file"])
     if change == "file":
