@@ -7,10 +7,11 @@ and number of adapters it is made of, under the name that it has before PEFT wra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,9 +20,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from hf_ewc.parameters.names import canonical_name, class_name, unwrap
-from hf_ewc.parameters.sharding import is_sharded
+from hf_ewc.parameters import sharding
+from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name, unwrap
+from hf_ewc.parameters.sharding import gathered, is_sharded
 
+_T = TypeVar("_T", Tensor, Tensor | None)
+
+_ADAPTER_PARTS = frozenset(
+    {"base_model", "base_layer", "modules_to_save", *LoraLayer.adapter_layer_names}
+)
 _CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
 
 
@@ -42,13 +49,9 @@ class LowRank:
     scale: float
     transposed: bool = False
 
-    def left(self, a: Tensor, b: Tensor) -> Tensor:
-        """L as a view of `b`, or of `a` if transposed; also of gradients that lie as these do."""
-        return a.flatten(1).T if self.transposed else b.flatten(1)
-
-    def right(self, a: Tensor, b: Tensor) -> Tensor:
-        """R, likewise."""
-        return b.flatten(1).T if self.transposed else a.flatten(1)
+    def factors(self, a: _T, b: _T) -> tuple[_T, _T]:
+        """L and R as views of `a` and `b`, or of tensors that lie as these do, or None."""
+        return (_turned(a), _turned(b)) if self.transposed else (_flat(b), _flat(a))
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class AdaptedWeight:
         """What W is made of and can be trained: W₀ and the parameters of the adapters."""
         own = [
             parameter
-            for kind in self.layer.adapter_layer_names
+            for kind in dict.fromkeys(self.layer.adapter_layer_names)  # DoRA stands there twice
             for parameter in _of_adapters(getattr(self.layer, kind), self.adapters)
         ]
         return [self.base, *own]
@@ -113,7 +116,13 @@ class AdaptedWeight:
             return delta
         dtype = torch.promote_types(share.a.dtype, torch.float32)
         a, b = share.a.to(dtype), share.b.to(dtype)
-        return (share.scale * (share.left(a, b) @ share.right(a, b))).view(self.shape)
+        left, right = share.factors(a, b)
+        return (share.scale * (left @ right)).view(self.shape)
+
+    def is_same(self, other: AdaptedWeight) -> bool:
+        """Whether both are made of the same tensors."""
+        mine, others = self.parameters(), other.parameters()
+        return len(mine) == len(others) and all(map(operator.is_, mine, others))
 
 
 def weights_by_name(model: nn.Module) -> dict[str, nn.Parameter | AdaptedWeight]:
@@ -140,6 +149,43 @@ def weights_by_name(model: nn.Module) -> dict[str, nn.Parameter | AdaptedWeight]
             "ewc_space='adapter'."
         )
     return found
+
+
+def weights_named(
+    names: Iterable[str], model: nn.Module
+) -> Mapping[str, nn.Parameter | AdaptedWeight]:
+    """What the names of a state can stand for in this model: its parameters, or its weights.
+
+    Names that the model has as it is, adapters included, are those of its own parameters (the space
+    of A and B); else they are names of the model without adapters (the space of W).
+    """
+    own = parameters_by_name(model)
+    wanted = list(names)
+    if not has_adapters(model) or all(name in own for name in wanted):
+        return own
+    if any(_ADAPTER_PARTS.intersection(name.split(".")) for name in wanted):
+        return own
+    return weights_by_name(model)
+
+
+def placed_by_name(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
+    """As `weights_named`, with W₀ for a weight: it has its shape, and lies as it does."""
+    found = weights_named(names, model)
+    return {n: w.base if isinstance(w, AdaptedWeight) else w for n, w in found.items()}
+
+
+def differentiable(weight: nn.Parameter | AdaptedWeight) -> Tensor:
+    """The weight with a graph to what is trained."""
+    return weight.current() if isinstance(weight, AdaptedWeight) else weight
+
+
+def value_of(weight: nn.Parameter | AdaptedWeight) -> Tensor:
+    """The weight as it is now, detached; in shards where it is so (see `sharding.values`)."""
+    if not isinstance(weight, AdaptedWeight):
+        return sharding.values(weight)
+    with gathered(weight.parameters()):
+        value = weight.current().detach()
+        return sharding.values_like(value, weight.base)
 
 
 @contextmanager
@@ -191,6 +237,15 @@ def base_model(model: nn.Module) -> nn.Module:
     get_base_model = getattr(inner, "get_base_model", None)
     base = get_base_model() if callable(get_base_model) else inner
     return base if isinstance(base, nn.Module) else inner
+
+
+def _flat(factor: _T) -> _T:
+    """A factor as a matrix, of a convolution with its kernel in the columns."""
+    return factor if factor is None else factor.flatten(1)
+
+
+def _turned(factor: _T) -> _T:
+    return factor if factor is None else factor.flatten(1).T
 
 
 def _adapted(base: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:

@@ -90,7 +90,7 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter."""
-    return torch.Size(_zero3(parameter).ds_shape if is_zero3(parameter) else parameter.shape)
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def values(parameter: Tensor) -> Tensor:
@@ -102,7 +102,47 @@ def values(parameter: Tensor) -> Tensor:
     if not is_zero3(parameter):
         return parameter
     with gathered([parameter]):
-        return _rows_of(parameter.detach(), zeros_like_values(parameter))
+        return values_like(parameter.detach(), parameter)
+
+
+def values_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """`whole`, shaped as `parameter` and in every process, as `values(parameter)` lies."""
+    return _rows_of(whole, zeros_like_values(parameter)) if is_zero3(parameter) else whole
+
+
+def whole_values(parameter: Tensor) -> Tensor:
+    """All values of `parameter`, detached; where it is in parts, gathered by all processes."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    if not is_zero3(parameter):
+        return parameter.detach()
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def first_entry(parameter: Tensor) -> int:
+    """Where this process's part of `parameter` begins, counted in the flat whole.
+
+    Raises:
+        ValueError: its part is not one run of entries: sharded along another axis than the first.
+    """
+    if is_zero3(parameter):
+        rank = torch.distributed.get_rank(group=cast(Any, parameter).ds_process_group)
+        return local_part(parameter).numel() * rank
+    if not isinstance(parameter, DTensor):
+        return 0
+    sharded = [axis for axis, p in enumerate(parameter.placements) if p.is_shard()]
+    if not sharded:
+        return 0
+    if len(sharded) > 1 or not parameter.placements[sharded[0]].is_shard(0):
+        raise ValueError(
+            f"A weight under an adapter is sharded as {parameter.placements}; needed is one shard "
+            "of its rows a process, as fully_shard makes them. Use ewc_space='adapter'."
+        )
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    chunk = -(-rows // mesh.size(sharded[0]))
+    first = min(mesh.get_local_rank(sharded[0]) * chunk, rows)
+    return first * parameter.shape[1:].numel()
 
 
 def zeros_like_values(parameter: Tensor) -> DTensor:

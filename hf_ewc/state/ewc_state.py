@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +17,12 @@ from torch import Tensor, nn
 
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
+from hf_ewc.parameters.adapters import (
+    differentiable,
+    placed_by_name,
+    value_of,
+    weights_named,
+)
 from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name
 from hf_ewc.parameters.selection import names_in
 from hf_ewc.processes import is_main_process as is_main
@@ -154,9 +160,9 @@ class EWCState:
                 anchor that would not be finite, or another base model than before.
         """
         check_arguments(fisher, mode, gamma, weight, name)
-        values = _parameter_values(parameters)
         new = {canonical_name(key): value for key, value in fisher.diagonal.items()}
         names = list(dict.fromkeys((*self.importance, *new)))
+        values = _parameter_values(parameters, names)
         refuse_misfits(
             "The parameters do not fit the state and the Fisher",
             misfits({name: tensor.shape for name, tensor in new.items()}, values, "the Fisher")
@@ -196,11 +202,14 @@ class EWCState:
         Raises:
             ValueError: the model lacks a parameter of the state or has it in another shape.
         """
-        parameters = parameters_by_name(model)
+        parameters = weights_named(self.importance, model)
         self._check_names(model, values_needed=True)
-        terms = [half_square(*self.packed(name), parameters[name]) for name in self.importance]
+        terms = [
+            half_square(*self.packed(name), differentiable(parameters[name]))
+            for name in self.importance
+        ]
         if not terms:
-            device = next((p.device for p in parameters.values()), torch.device("cpu"))
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
             return torch.zeros((), device=device, requires_grad=True)
         device = terms[0].device
         return torch.stack([term.to(device) for term in terms]).sum() + self.offset
@@ -418,7 +427,7 @@ class EWCState:
         )
 
     def _check_names(self, model: nn.Module, values_needed: bool) -> None:
-        shapes, parameters = _shapes(self.importance), parameters_by_name(model)
+        shapes, parameters = _shapes(self.importance), placed_by_name(self.importance, model)
         recorded = self.metadata.get("fingerprint")
         source = recorded.get("model") if isinstance(recorded, Mapping) else None
         refuse_misfits(
@@ -442,9 +451,10 @@ def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _parameter_values(parameters: Parameters) -> dict[str, Tensor]:
+def _parameter_values(parameters: Parameters, names: Collection[str]) -> dict[str, Tensor]:
     if isinstance(parameters, nn.Module):
-        return {name: sharding.values(p) for name, p in parameters_by_name(parameters).items()}
+        found = weights_named(names, parameters)
+        return {name: value_of(weight) for name, weight in found.items() if name in names}
     pairs = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
     if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
         raise TypeError(

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ewc.parameters import sharding
+from hf_ewc.training import adapted_term
+from hf_ewc.training.adapted_term import AdaptedTerm
 from hf_ewc.training.fused import Piece, value_and_gradient
-from hf_ewc.training.penalty import Penalty, Term, piece
+from hf_ewc.training.gradients import Access
+from hf_ewc.training.penalty import AnyTerm, Penalty, piece
 
 
 def around_each_step(engine: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
@@ -41,7 +44,7 @@ def add_gradients(penalty: Penalty, engine: Any) -> Tensor:
     is gathered. Gradients still carry the loss scale of fp16, which the engine's step removes.
     """
     loss_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
-    if not any(_is_partitioned(term.parameter) for term in penalty.terms):
+    if not any(map(_is_partitioned, _parameters_of(penalty))):
         return penalty.add_gradients(loss_scale)
     values = torch.stack([_add(term, loss_scale) for term in penalty.terms])
     # ZeRO-3 owns all parameters or none.
@@ -57,11 +60,11 @@ def clear_gradients(penalty: Penalty) -> None:
     """
     from deepspeed import utils
 
-    for term in penalty.terms:
-        if term.is_pulled and sharding.is_zero3(term.parameter):
-            gradient = utils.safe_get_local_grad(term.parameter)
+    for parameter in (p for term in penalty.terms for p in term.trained):
+        if sharding.is_zero3(parameter):
+            gradient = utils.safe_get_local_grad(parameter)
             if gradient is not None:
-                utils.safe_set_local_grad(term.parameter, torch.zeros_like(gradient))
+                utils.safe_set_local_grad(parameter, torch.zeros_like(gradient))
 
 
 def _is_partitioned(parameter: Any) -> bool:
@@ -72,10 +75,17 @@ def _is_partitioned(parameter: Any) -> bool:
     return sharding.is_zero3(parameter) or hasattr(parameter, "_hp_mapping")
 
 
-def _add(term: Term, loss_scale: float) -> Tensor:
+def _parameters_of(penalty: Penalty) -> list[Tensor]:
+    return [p for term in penalty.terms for p in (term.parameter, *term.trained)]
+
+
+def _add(term: AnyTerm, loss_scale: float) -> Tensor:
     """Add one term's gradient; its value over what this process holds of it."""
     from deepspeed import utils
 
+    if isinstance(term, AdaptedTerm):
+        access = Access(_whole_fp32, _add_whole, _refuse_base)
+        return adapted_term.value_and_gradient(term, loss_scale, access).float()
     if not term.is_pulled:
         device = sharding.local_part(term.parameter).device
         frozen = [piece(term, with_gradient=False)] if term.strength > 0 else []
@@ -99,3 +109,26 @@ def _add(term: Term, loss_scale: float) -> Tensor:
     value = value_and_gradient([own], loss_scale)[0]
     write(term.parameter, total.to(gradient.dtype))
     return value.float()
+
+
+def _whole_fp32(parameter: nn.Parameter) -> Tensor:
+    """A factor of an adapter as the optimizer holds it; as it is, where that has none."""
+    from deepspeed import utils
+
+    found = utils.safe_get_full_fp32_param(parameter) if _is_partitioned(parameter) else None
+    return sharding.whole_values(parameter) if found is None else found.detach()
+
+
+def _add_whole(parameter: nn.Parameter, gradient: Tensor) -> None:
+    from deepspeed import utils
+
+    held = utils.safe_get_full_grad(parameter)
+    total = held.float() + gradient.reshape(held.shape).to(held.device)
+    utils.safe_set_full_grad(parameter, total.to(held.dtype))
+
+
+def _refuse_base(parameter: nn.Parameter, gradient: Tensor) -> None:
+    raise ValueError(
+        "A weight is trained together with the adapter on it, which is not supported under "
+        "DeepSpeed. Freeze the weights under adapters."
+    )

@@ -83,13 +83,25 @@ def adapted_value_and_gradient(piece: AdaptedPiece, gradient_scale: float = 1.0)
     return (0.5 * piece.strength * piece.scale) * total
 
 
+@torch.no_grad()
+def entries(piece: AdaptedPiece) -> Tensor:
+    """W of these entries, [n], in fp32 or better."""
+    dtype = torch.promote_types(piece.base.dtype, torch.float32)
+    products = [_wide(product, dtype) for product in piece.products]
+    found = piece.base.to(dtype, copy=True)
+    for first, last in _row_blocks(piece):
+        start, stop = _bounds(piece, first, last)
+        change = _sum_of_products(products, first, last)
+        found[start:stop] += change.view(-1)[_inside(piece, first, start, stop)]
+    return found
+
+
 def _block(
     piece: AdaptedPiece, products: Sequence[Product], first: int, last: int, gradient_scale: float
 ) -> Tensor:
     """Σ F (W − c)² over the rows [first, last), without constants; adds the gradients."""
-    start = max(first * piece.columns, piece.start) - piece.start
-    stop = min(last * piece.columns, piece.start + piece.base.numel()) - piece.start
-    weight = _sum_of_products(products, first, last, piece.columns)
+    start, stop = _bounds(piece, first, last)
+    weight = _sum_of_products(products, first, last)
     entries = weight.view(-1)[_inside(piece, first, start, stop)]
     entries += piece.base[start:stop]
     importance, anchor = _dense(piece, start, stop, entries)
@@ -106,7 +118,7 @@ def _block(
     return value
 
 
-def _sum_of_products(products: Sequence[Product], first: int, last: int, columns: int) -> Tensor:
+def _sum_of_products(products: Sequence[Product], first: int, last: int) -> Tensor:
     """Σ s L R of the rows [first, last), a new tensor."""
     one = products[0]
     total = torch.mm(one.left[first:last], one.right).mul_(one.scale)
@@ -149,6 +161,13 @@ def _whole_rows(
         whole[_inside(piece, first, start, stop)] = pull
         pull = whole
     return pull.view(last - first, piece.columns)
+
+
+def _bounds(piece: AdaptedPiece, first: int, last: int) -> tuple[int, int]:
+    """Which of the piece's entries lie in the rows [first, last)."""
+    start = max(first * piece.columns, piece.start) - piece.start
+    stop = min(last * piece.columns, piece.start + piece.base.numel()) - piece.start
+    return start, stop
 
 
 def _inside(piece: AdaptedPiece, first: int, start: int, stop: int) -> slice:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.names import parameters_by_name
+from hf_ewc.parameters.adapters import AdaptedWeight, weights_named
 from hf_ewc.parameters.sharding import whole
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.state.packing import PackedTensor
+from hf_ewc.training import adapted_term
+from hf_ewc.training.adapted_term import AdaptedTerm
 from hf_ewc.training.fused import Piece, value_and_gradient
+from hf_ewc.training.gradients import gradient_of
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,21 @@ class Term:
         return self.strength > 0 and self.parameter.requires_grad
 
     @property
+    def trained(self) -> list[Tensor]:
+        """What gets the gradient."""
+        return [self.parameter] if self.is_pulled else []
+
+    def is_on(self, parameter: object) -> bool:
+        """Whether `parameter` is the one that this was made for."""
+        return parameter is self.parameter
+
+    @property
     def is_matrix(self) -> bool:
         """Whether this is a weight matrix or more, not a bias or a scale."""
         return len(sharding.whole_shape(self.parameter)) > 1
+
+
+AnyTerm = Term | AdaptedTerm
 
 
 class Penalty:
@@ -78,9 +93,9 @@ class Penalty:
     ) -> None:
         sharding.reshard(model)
         state.check(model)
-        parameters = parameters_by_name(model)
-        self.terms = [
-            _term(state, name, parameters[name], strengths[name], offload)
+        weights = weights_named(state.importance, model)
+        self.terms: list[AnyTerm] = [
+            _term(state, name, weights[name], strengths[name], offload)
             for name in state.importance
             if _protects(state.packed(name)[0])
         ]
@@ -101,9 +116,9 @@ class Penalty:
     def fits(self, model: nn.Module) -> bool:
         """Whether the parameters found at construction are still those of `model`, in place."""
         sharding.reshard(model)
-        parameters = parameters_by_name(model)
+        weights = weights_named([term.name for term in self.terms], model)
         return all(
-            parameters.get(term.name) is term.parameter and term.parameter.device == device
+            term.is_on(weights.get(term.name)) and term.parameter.device == device
             for term, device in zip(self.terms, self._devices, strict=True)
         )
 
@@ -129,7 +144,7 @@ class Penalty:
             total = total.to(term.parameter.device) + _differentiable(term)
         return total
 
-    def relative_distances(self) -> list[tuple[Term, float]]:
+    def relative_distances(self) -> list[tuple[AnyTerm, float]]:
         """‖θ − θ*‖ / ‖θ*‖ over the protected entries of each term that gets a gradient.
 
         Infinite where an anchor is zero and the parameter is not; a collective.
@@ -143,12 +158,21 @@ def _ratio(square: float, norm: float) -> float:
     return math.sqrt(square / norm) if norm > 0 else (math.inf if square > 0 else 0.0)
 
 
-def _sweep(terms: Sequence[Term], loss_scale: float | None) -> Tensor:
+def _sweep(terms: Sequence[AnyTerm], loss_scale: float | None) -> Tensor:
     """Values of all terms, [len(terms)]; with `loss_scale` their gradients are added too."""
 
-    def values(members: Sequence[Term]) -> Tensor:
-        pieces = [piece(term, with_gradient=loss_scale is not None) for term in members]
-        return value_and_gradient(pieces, 1.0 if loss_scale is None else loss_scale)
+    def values(members: Sequence[AnyTerm]) -> Tensor:
+        plain = [term for term in members if isinstance(term, Term)]
+        pieces = [piece(term, with_gradient=loss_scale is not None) for term in plain]
+        fused = value_and_gradient(pieces, 1.0 if loss_scale is None else loss_scale)
+        if len(plain) == len(members):
+            return fused
+        every = fused.new_zeros(len(members), device=members[0].parameter.device)
+        every[[i for i, term in enumerate(members) if isinstance(term, Term)]] = fused.to(every)
+        for i, term in enumerate(members):
+            if isinstance(term, AdaptedTerm):
+                every[i] = adapted_term.value_and_gradient(term, loss_scale)
+        return every
 
     found = _over_layouts([term for term in terms if _counts(term)], values)
     if len(found) == len(terms):
@@ -158,12 +182,14 @@ def _sweep(terms: Sequence[Term], loss_scale: float | None) -> Tensor:
     return every
 
 
-def _counts(term: Term) -> bool:
+def _counts(term: AnyTerm) -> bool:
     return term.strength > 0
 
 
 @torch.no_grad()
-def _over_layouts(terms: Sequence[Term], function: Callable[[Sequence[Term]], Tensor]) -> Tensor:
+def _over_layouts(
+    terms: Sequence[AnyTerm], function: Callable[[Sequence[AnyTerm]], Tensor]
+) -> Tensor:
     """`function` of the terms that lie alike, summed over shards, in the order of `terms`.
 
     `function` returns one row per term; so does this, on the first term's device.
@@ -188,26 +214,32 @@ def _protects(importance: PackedTensor) -> bool:
     return bool(whole(importance.values.any()))
 
 
-def _term(state: EWCState, name: str, parameter: Tensor, strength: float, offload: bool) -> Term:
+def _term(
+    state: EWCState,
+    name: str,
+    weight: nn.Parameter | AdaptedWeight,
+    strength: float,
+    offload: bool,
+) -> AnyTerm:
     importance, anchor = state.packed(name)
+    parameter = weight.base if isinstance(weight, AdaptedWeight) else weight
     if sharding.is_sharded(parameter):
         held = [sharding.part_like(packed.dense(), parameter) for packed in (importance, anchor)]
-        own_importance, own_anchor = (_placed(tensor, parameter, offload) for tensor in held)
-        return Term(name, parameter, own_importance, own_anchor, strength)
-    index = importance.indices
-    own_importance = whole(importance.values)
-    values = whole(anchor.kept() if anchor.scale != 1.0 else anchor.values)
-    if index is not None and anchor.indices is None:
-        values = values.reshape(-1)[index]
-    return Term(
-        name,
-        parameter,
-        _placed(own_importance, parameter, offload),
-        _placed(values, parameter, offload),
-        strength,
-        importance.scale,
-        None if index is None else index.to(parameter.device),
-    )
+        scale, index = 1.0, None
+    else:
+        held = [whole(importance.values), whole(_unscaled(anchor))]
+        scale, index = importance.scale, importance.indices
+        if index is not None and anchor.indices is None:
+            held[1] = held[1].reshape(-1)[index]
+        index = None if index is None else index.to(parameter.device)
+    own_importance, own_anchor = (_placed(tensor, parameter, offload) for tensor in held)
+    if isinstance(weight, AdaptedWeight):
+        return AdaptedTerm(name, weight, own_importance, own_anchor, strength, scale, index)
+    return Term(name, weight, own_importance, own_anchor, strength, scale, index)
+
+
+def _unscaled(packed: PackedTensor) -> Tensor:
+    return packed.kept() if packed.scale != 1.0 else packed.values
 
 
 def _placed(tensor: Tensor, parameter: Tensor, offload: bool) -> Tensor:
@@ -226,25 +258,16 @@ def piece(term: Term, with_gradient: bool) -> Piece:
         sharding.local_part(term.parameter).detach().reshape(-1),
         term.importance,
         term.anchor,
-        _gradient(term.parameter) if with_gradient and term.is_pulled else None,
+        gradient_of(term.parameter) if with_gradient and term.is_pulled else None,
         term.strength,
         term.scale,
         term.index,
     )
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    """The local part of `.grad` as a flat view to add to; zeros where there was no gradient."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-    if parameter.grad.is_sparse:  # of an embedding; the penalty pulls at all of its rows
-        parameter.grad = parameter.grad.to_dense()
-    if not sharding.local_part(parameter.grad).is_contiguous():
-        parameter.grad = parameter.grad.contiguous()
-    return sharding.local_part(parameter.grad).view(-1)
-
-
-def _differentiable(term: Term) -> Tensor:
+def _differentiable(term: AnyTerm) -> Tensor:
+    if isinstance(term, AdaptedTerm):
+        return adapted_term.differentiable(term)
     theta = sharding.local_part(term.parameter).reshape(-1)
     if term.index is not None:
         theta = theta[term.index]
@@ -253,11 +276,18 @@ def _differentiable(term: Term) -> Tensor:
     return sharding.summed_over_parts(value, term.parameter)
 
 
-def _squares(terms: Sequence[Term]) -> Tensor:
+def _present(term: AnyTerm) -> Tensor:
+    """The values now, flat, this process's part of them."""
+    if isinstance(term, AdaptedTerm):
+        return adapted_term.present_entries(term)
+    return sharding.local_part(term.parameter).reshape(-1)
+
+
+def _squares(terms: Sequence[AnyTerm]) -> Tensor:
     """Σ (θ − θ*)² and Σ θ*² of each term, [len(terms), 2]."""
     rows = []
     for term in terms:
-        theta = sharding.local_part(term.parameter).reshape(-1)
+        theta = _present(term)
         anchor = term.anchor.to(theta.device).float()
         theta = (theta if term.index is None else theta[term.index]).float()
         rows.append(torch.stack([(theta - anchor).square().sum(), anchor.square().sum()]))
