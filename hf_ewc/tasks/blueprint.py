@@ -28,7 +28,7 @@ class Blueprint:
         )
 
     def built_from(self, model: nn.Module) -> nn.Module:
-        """A new model with the parameters and buffers of ``model``, whole in every process.
+        """A new model with the parameters and buffers of `model`, whole in every process.
 
         A collective: every process gathers one parameter after another, in the same order.
         """
@@ -45,6 +45,6 @@ class Blueprint:
 
 
 def _with_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
-    """A copy of ``model`` with these in place of its parameters; tied ones stay tied."""
+    """A copy of `model` with these in place of its parameters; tied ones stay tied."""
     in_place_of = {id(p): parameters[name] for name, p in model.named_parameters()}
     return copy.deepcopy(model, in_place_of)

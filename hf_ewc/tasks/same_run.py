@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import nn
+
+from hf_ewc.parameters.names import class_name
+from hf_ewc.parameters.sharding import whole_shape
+from hf_ewc.tasks.evaluation import metrics_of
+from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.task import Task
 
 # The training arguments that a run must share with the one it goes on from.
 RECORDED = (
@@ -23,6 +33,31 @@ RECORDED = (
     "bf16",
     "fp16",
 )
+
+
+def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
+    """What has to be the same for one run to go on from another, in JSON's types."""
+    settings = {
+        "trainer": plan.trainer_class.__name__,
+        "model": [class_name(model), sum(whole_shape(p).numel() for p in model.parameters())],
+        "tasks": [_settings_of_task(task, plan, model) for task in plan.tasks],
+        "mask_training": plan.mask_training,
+        "evaluate_unseen": plan.evaluate_unseen,
+        "ewc_config": None if plan.config is None else asdict(plan.config),
+        "args": {name: getattr(plan.args, name, None) for name in RECORDED},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def _settings_of_task(task: Task, plan: Plan, model: nn.Module) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "classes": None if task.classes is None else [int(c) for c in task.classes],
+        "metric": task.metric,
+        "compute_metrics": qualified_name(metrics_of(task, plan, model)),
+        "examples": [length(task.train_dataset), length(task.eval_dataset)],
+    }
 
 
 def qualified_name(metrics: Any) -> str | None:

@@ -38,12 +38,20 @@ def load_converted(model: nn.Module, folder: str | Path) -> bool:
 
     Returns:
         Whether it was; if not, nothing is done, since the Trainer's way is right.
+
+    Raises:
+        ValueError: weights of the model are not there.
     """
     plain = unwrap(model)
     if not needs_conversion(plain, folder) or not isinstance(plain, PreTrainedModel):
         return False
     with torch.random.fork_rng():
-        stored = type(plain).from_pretrained(str(folder))
+        stored, info = type(plain).from_pretrained(str(folder), output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{folder} does not hold the weights of this model: it lacks "
+            f"{len(info['missing_keys'])} of them, such as {min(info['missing_keys'])}."
+        )
     with gathered(stored.parameters()):  # where ZeRO-3 has partitioned them as they were read
         plain.load_state_dict(stored.state_dict())
     return True

@@ -1,0 +1,33 @@
+"""What a run over tasks is asked for; nothing in it changes while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.tasks.task import Metrics, Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arguments of `run_tasks` that hold for the whole run; see there."""
+
+    tasks: tuple[Task, ...]
+    args: TrainingArguments
+    config: EWCConfig | None
+    trainer_class: type[Any]
+    data_collator: Callable[..., Any] | None
+    compute_metrics: Metrics | None
+    mask_training: bool
+    evaluate_unseen: bool
+    scenario: str
+    trainer_kwargs: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """What the results are filed under."""
+        return "plain" if self.config is None else "EWC"

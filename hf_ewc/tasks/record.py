@@ -1,0 +1,84 @@
+"""What a run over tasks writes down: the report, and the settings and scores it may go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_ewc.metrics import AccuracyMatrix
+from hf_ewc.parameters.names import class_name
+from hf_ewc.report import read_results, write_report, write_results
+from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.run_folder import RunFolder
+from hf_ewc.tasks.same_run import check_same_run, settings_of
+from hf_ewc.tasks.scenario import CLASS_INCREMENTAL
+
+Scores = list[dict[str, dict[str, float]]]
+
+
+class Record:
+    """The scores of a run so far, and their place on disk.
+
+    Args:
+        plan: of the run; its settings are written with the scores.
+        folder: of the run.
+        matrix: R[i, j], filled as tasks are learnt.
+
+    Attributes:
+        metrics: everything evaluation gave, `metrics[i][name]` after training task i.
+    """
+
+    def __init__(self, plan: Plan, folder: RunFolder, matrix: AccuracyMatrix) -> None:
+        self.plan, self.folder, self.matrix = plan, folder, matrix
+        self.metrics: Scores = []
+
+    @property
+    def done(self) -> int:
+        """How many tasks are learnt."""
+        return len(self.metrics)
+
+    def read(self, model: nn.Module) -> None:
+        """Take up the scores of the tasks that are done.
+
+        Raises:
+            ValueError: they are of a run with other settings.
+        """
+        path = self.folder.results
+        runs, content = read_results(path)
+        check_same_run(path, content.get("settings"), settings_of(self.plan, model))
+        (saved,) = runs[self.plan.method]
+        self.matrix.take_over(saved)
+        self.metrics = content["metrics"]
+
+    def begin(self, model: nn.Module) -> None:
+        """Write that nothing is learnt yet."""
+        write_results(self.folder.results, {self.plan.method: [self.matrix]}, self._details(model))
+
+    def write(self, model: nn.Module) -> None:
+        """Write the report, and results.json last: what it records is there in full."""
+        write_report(
+            self.folder.path,
+            {self.plan.method: [self.matrix]},
+            title="Continual learning",
+            notes=self._notes(model),
+            details=self._details(model),
+        )
+
+    def _notes(self, model: nn.Module) -> list[str]:
+        plan = self.plan
+        notes = [
+            f"{self.done} of {len(plan.tasks)} tasks learnt; {plan.scenario}-incremental; "
+            f"{class_name(model)}, learning rate {plan.args.learning_rate:g}, "
+            f"seed {plan.args.seed}."
+        ]
+        if plan.config is not None:
+            notes.append(plan.config.summary())
+        if plan.scenario == "class":
+            notes.append(f"**{CLASS_INCREMENTAL}**")
+        return notes
+
+    def _details(self, model: nn.Module) -> Mapping[str, Any]:
+        settings = settings_of(self.plan, model)
+        return {"scenario": self.plan.scenario, "settings": settings, "metrics": self.metrics}

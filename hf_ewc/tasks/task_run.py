@@ -1,0 +1,198 @@
+"""One run over a sequence of tasks: the model as it goes from task to task."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import ProgressCallback, set_seed
+
+from hf_ewc.metrics import AccuracyMatrix
+from hf_ewc.parameters.names import unwrap
+from hf_ewc.parameters.sharding import is_dtensor
+from hf_ewc.processes import check_launch
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.tasks.blueprint import Blueprint
+from hf_ewc.tasks.evaluation import evaluate, metrics_of
+from hf_ewc.tasks.label_space import LabelSpace
+from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.progress import TaskProgress
+from hf_ewc.tasks.record import Record
+from hf_ewc.tasks.run_folder import RunFolder
+from hf_ewc.tasks.task import Task, score_of
+from hf_ewc.training.checkpoints import newest_whole_checkpoint
+from hf_ewc.training.converted_weights import needs_conversion
+from hf_ewc.training.saved_weights import load_weights
+from hf_ewc.training.trainer import EWCMixin
+
+logger = logging.getLogger("hf_ewc")
+
+
+class TaskRun:
+    """Learns the tasks of a plan in a row, and goes on where an earlier run of it ended.
+
+    Args:
+        plan: what is asked for.
+        model: as it was before the first task.
+        state: what protects it already during the first task.
+        matrix: to be filled.
+    """
+
+    def __init__(
+        self, plan: Plan, model: nn.Module, state: EWCState | None, matrix: AccuracyMatrix
+    ) -> None:
+        self.plan, self.model, self.state = plan, model, state
+        self.folder = RunFolder(str(plan.args.output_dir), plan.tasks)
+        self.record = Record(plan, self.folder, matrix)
+        self.space = LabelSpace(model, plan.tasks)
+        self._blueprint: Blueprint | None = None
+
+    def start(self, resume: bool) -> None:
+        """Go on from what results.json records, or make the folder ready for a new run."""
+        _ = self.plan.args.device  # sets up the process group, if there is to be one
+        check_launch(PartialState().num_processes)
+        found = resume and self.folder.results.exists()
+        if found:
+            self._restore()
+        # Everyone has looked before anyone writes.
+        PartialState().wait_for_everyone()
+        if not found and _is_main():
+            self.folder.clear()
+            self.record.begin(self.model)
+        PartialState().wait_for_everyone()
+
+    def learn_all(self) -> None:
+        """Learn the tasks that are not learnt yet."""
+        with self.space, self._progress() as progress:
+            for index in range(self.record.done, len(self.plan.tasks)):
+                self._learn(index, progress)
+
+    def _learn(self, index: int, progress: TaskProgress | None) -> None:
+        """Train, consolidate and evaluate one task, and save everything."""
+        trainer = self._trainer(index)
+        if trainer.is_fsdp_enabled:
+            _check_saves_whole(trainer)
+            self._draw_blueprint()
+        trainer.remove_callback(ProgressCallback)
+        if progress is not None:
+            progress.begin(index)
+            trainer.add_callback(progress)
+        if index == 0 and self.plan.evaluate_unseen:
+            self._score_untrained(trainer)
+        self._train(trainer, self.plan.tasks[index])
+        self._score(trainer, index)
+        trainer.save_model(str(self.folder.model(index)))
+        trainer.accelerator.wait_for_everyone()
+        if _is_main():
+            self.record.write(self.model)
+        trainer.accelerator.wait_for_everyone()
+        if index + 1 < len(self.plan.tasks):
+            self._make_whole()
+
+    def _train(self, trainer: Any, task: Task) -> None:
+        with self.space.of(task if self.plan.mask_training else None):
+            set_seed(trainer.args.seed)
+            trainer.train(resume_from_checkpoint=self._checkpoint(trainer))
+            if self.plan.config is not None:
+                self.state = trainer.consolidate(name=task.name)
+
+    def _checkpoint(self, trainer: Any) -> str | None:
+        """The newest whole checkpoint of the task, None to begin it anew."""
+        newest = newest_whole_checkpoint(Path(trainer.args.output_dir))
+        if newest is None:
+            return None
+        if not isinstance(trainer, EWCMixin) and needs_conversion(self.model, newest):
+            return None  # a plain Trainer would not load these weights
+        return str(newest)
+
+    def _score(self, trainer: Any, index: int) -> None:
+        """Enter the scores after this task, on all tasks so far or on all there are."""
+        tasks = self.plan.tasks
+        seen = tasks if self.plan.evaluate_unseen else tasks[: index + 1]
+        scores = evaluate(trainer, seen, self.plan, self.space)
+        for other in seen:
+            self.record.matrix[index, other.name] = score_of(other, scores[other.name])
+        self.record.metrics.append(scores)
+
+    def _score_untrained(self, trainer: Any) -> None:
+        scores = evaluate(trainer, self.plan.tasks, self.plan, self.space)
+        baseline = [score_of(task, scores[task.name]) for task in self.plan.tasks]
+        self.record.matrix.baseline = np.array(baseline)
+
+    def _trainer(self, index: int) -> Any:
+        plan, task = self.plan, self.plan.tasks[index]
+        args = copy.copy(plan.args)
+        args.output_dir = str(self.folder.task(index))
+        args.seed = plan.args.seed + index
+        # An accelerator with DeepSpeed is the only one, until its state is reset.
+        AcceleratorState._reset_state()
+        ewc = {}
+        if plan.config is not None:
+            ewc = {"ewc_config": plan.config, "ewc_state": self.state}
+        return plan.trainer_class(
+            model=self.model,
+            args=args,
+            train_dataset=task.train_dataset,
+            eval_dataset=task.eval_dataset,
+            data_collator=task.data_collator or plan.data_collator,
+            compute_metrics=metrics_of(task, plan, self.model),
+            **ewc,
+            **plan.trainer_kwargs,
+        )
+
+    def _restore(self) -> None:
+        """Take up scores, weights and state of the tasks that are done."""
+        self.record.read(self.model)
+        done = self.record.done
+        if not done:
+            return
+        folder = self.folder.model(done - 1)
+        if _is_main():
+            logger.warning(
+                "%d of %d tasks were done before; going on from %s.",
+                done,
+                len(self.plan.tasks),
+                folder,
+            )
+        load_weights(self.model, folder)
+        if self.plan.config is not None:
+            self.state = EWCState.from_pretrained(str(folder))
+
+    def _progress(self) -> AbstractContextManager[TaskProgress | None]:
+        """One bar for all tasks, which takes the place of each trainer's own."""
+        done, tasks = self.record.done, self.plan.tasks
+        if self.plan.args.disable_tqdm or not _is_main() or done == len(tasks):
+            return nullcontext()
+        return closing(TaskProgress([task.name for task in tasks], done, self.plan.method))
+
+    def _draw_blueprint(self) -> None:
+        if self._blueprint is None:
+            with self.space.lifted():
+                self._blueprint = Blueprint(unwrap(self.model))
+
+    def _make_whole(self) -> None:
+        """Replace a model that FSDP2 has sharded, which cannot be prepared for another trainer."""
+        if self._blueprint is None or not any(map(is_dtensor, self.model.parameters())):
+            return
+        self.model = self._blueprint.built_from(self.model)
+        self.space.move_to(self.model)
+
+
+def _is_main() -> bool:
+    return bool(PartialState().is_main_process)
+
+
+def _check_saves_whole(trainer: Any) -> None:
+    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if "FULL" not in kind:
+        raise ValueError(
+            f"fsdp_state_dict_type is {kind}; run_tasks needs FULL_STATE_DICT, so that each task's "
+            "model is saved whole."
+        )
