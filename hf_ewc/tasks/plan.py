@@ -25,6 +25,7 @@ class Plan:
     mask_training: bool
     evaluate_unseen: bool
     scenario: str
+    log_likelihood: Callable[..., Any] | None
     trainer_kwargs: dict[str, Any]
 
     @property

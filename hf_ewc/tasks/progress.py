@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class TaskProgress(TrainerCallback):
-    """A bar from the first task to the last, which names the task at work.
+    """A bar from the first task to the last, which names the task at work and its last loss.
 
     Args:
         names: of the tasks.
@@ -22,7 +22,7 @@ class TaskProgress(TrainerCallback):
         self.bar: Any = tqdm(
             total=len(names),
             initial=done,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )
 
     def begin(self, index: int) -> None:
@@ -35,6 +35,22 @@ class TaskProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar.update(self.index + state.global_step / max(1, state.max_steps) - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        losses = {
+            name: f"{float(value):.4g}"
+            for name, value in (logs or {}).items()
+            if name in ("loss", "task_loss", "ewc_penalty")
+        }
+        if losses:
+            self.bar.set_postfix(losses)
 
     def close(self) -> None:
         self.bar.close()

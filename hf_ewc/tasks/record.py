@@ -10,6 +10,7 @@ from torch import nn
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.parameters.names import class_name
 from hf_ewc.report import read_results, write_report, write_results
+from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.same_run import check_same_run, settings_of
@@ -28,11 +29,13 @@ class Record:
 
     Attributes:
         metrics: everything evaluation gave, `metrics[i][name]` after training task i.
+        history: what was logged while training task i, `history[i]`.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder, matrix: AccuracyMatrix) -> None:
         self.plan, self.folder, self.matrix = plan, folder, matrix
         self.metrics: Scores = []
+        self.history: list[list[Entry]] = []
 
     @property
     def done(self) -> int:
@@ -51,13 +54,15 @@ class Record:
         (saved,) = runs[self.plan.method]
         self.matrix.take_over(saved)
         self.metrics = content["metrics"]
+        self.history = content.get("history", [])
 
     def begin(self, model: nn.Module) -> None:
         """Write that nothing is learnt yet."""
-        write_results(self.folder.results, {self.plan.method: [self.matrix]}, self._details(model))
+        runs = {self.plan.method: [self.matrix]}
+        write_results(self.folder.results, runs, self._details(model))
 
     def write(self, model: nn.Module) -> None:
-        """Write the report, and results.json last: what it records is there in full."""
+        """Write results.json, then the report; if that fails, it is a warning."""
         write_report(
             self.folder.path,
             {self.plan.method: [self.matrix]},
@@ -80,5 +85,9 @@ class Record:
         return notes
 
     def _details(self, model: nn.Module) -> Mapping[str, Any]:
-        settings = settings_of(self.plan, model)
-        return {"scenario": self.plan.scenario, "settings": settings, "metrics": self.metrics}
+        return {
+            "scenario": self.plan.scenario,
+            "settings": settings_of(self.plan, model),
+            "metrics": self.metrics,
+            "history": self.history,
+        }

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from hf_ewc.tasks.task import Task
+
+logger = logging.getLogger("hf_ewc")
+
+# Written by the run itself, beside the folders of its tasks.
+OWN_FILES = ("results.json", "report.md", "accuracy_matrix.png", "curves.png", "replay.json")
+# What trainers, models, states and tokenizers write. Anything else is somebody's, and stays.
+_WRITTEN = (
+    *("model*.safetensors", "model.safetensors.index.json", "config.json", "training_args.bin"),
+    *("generation_config.json", "adapter_model*.safetensors", "adapter_config.json"),
+    *("ewc_state.json", "ewc_state*.safetensors", "heads.json", "heads.safetensors"),
+    *("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"),
+    *("rng_state*.pth", "pytorch_model*.bin", "latest", "zero_to_fp32.py"),
+    *("tokenizer*.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "preprocessor_config.json"),
+    *("processor_config.json", "chat_template.jinja", "spiece.model"),
+)
+_SAVED = re.compile(r"final|checkpoint-\d+")
+_WRITTEN_FOLDERS = ("global_step*", "pytorch_model_fsdp_*", "optimizer_[0-9]*", ".ewc_state-*.tmp")
 
 
 class RunFolder:
@@ -21,7 +41,7 @@ class RunFolder:
     def __init__(self, path: str | Path, tasks: Sequence[Task]) -> None:
         self.path = Path(path)
         self.results = self.path / "results.json"
-        self._names = [_safe(task.name) for task in tasks]
+        self._names = [safe_name(task.name) for task in tasks]
 
     def task(self, index: int) -> Path:
         """What the trainer of this task writes, its checkpoints among them."""
@@ -31,11 +51,95 @@ class RunFolder:
         """The model and the EWC state after this task."""
         return self.task(index) / "final"
 
-    def clear(self) -> None:
-        """Remove what an earlier run left for these tasks."""
+    def check(self) -> None:
+        """Refuse a folder with tasks of a run whose results are gone, or links to nowhere.
+
+        Raises:
+            ValueError: with what is there, and what to do.
+        """
         for index in range(len(self._names)):
-            shutil.rmtree(self.task(index), ignore_errors=True)
+            folder = self.task(index)
+            if folder.is_symlink() and not folder.exists():
+                raise ValueError(f"{folder} is a link to {folder.readlink()}, which is not there.")
+        left = [path for path in self._written() if not self.results.exists()]
+        if left:
+            raise ValueError(
+                f"{self.path} has {len(left)} files of an earlier run, such as {left[0]}, but no "
+                "results.json that says how far it came. Put that back, choose another output_dir, "
+                "or begin anew with resume=False, which removes them."
+            )
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote for these tasks, and say so; all else stays.
+
+        A folder that is a link stays one, and is cleared where it leads to.
+
+        Raises:
+            OSError: something could not be removed.
+        """
+        found = list(self._written())
+        if found:
+            logger.warning(
+                "Begins anew in %s: removes %d files of an earlier run.", self.path, len(found)
+            )
+        # First the results: without them nothing that is left is taken for a whole run's.
+        self.results.unlink(missing_ok=True)
+        _remove(found)
+        kept = [str(p) for folder in self._folders() for p in folder.rglob("*") if not p.is_dir()]
+        if kept:
+            logger.warning("Kept, since no run wrote it: %s.", ", ".join(kept))
+
+    def remove_temporary(self) -> None:
+        """Remove what writers that were killed left half done."""
+        for name in OWN_FILES:
+            for path in self.path.glob(f".{name}.????????"):
+                path.unlink(missing_ok=True)
+
+    def remove_model(self, index: int) -> None:
+        """Remove the model and the checkpoints of a task that is learnt."""
+        _remove(list(_written_in(self.task(index))))
+
+    def _folders(self) -> list[Path]:
+        folders = [self.task(index) for index in range(len(self._names))]
+        return [folder for folder in folders if folder.is_dir()]
+
+    def _written(self) -> Iterator[Path]:
+        for folder in self._folders():
+            yield from _written_in(folder)
 
 
-def _safe(name: str) -> str:
+def _written_in(folder: Path) -> Iterator[Path]:
+    """The files in a task's folder that a run writes, and whole folders of an engine's shards."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and _SAVED.fullmatch(path.name):
+            yield from _saved_in(path)
+        elif not path.is_dir() and _is_like(path, ("ewc_state.json", "ewc_state*.safetensors")):
+            yield path
+
+
+def _saved_in(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and (path / "adapter_config.json").is_file():
+            yield from _saved_in(path)
+        elif _is_like(path, _WRITTEN_FOLDERS if path.is_dir() else _WRITTEN):
+            yield path
+
+
+def _is_like(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Remove these, and the folders that are empty then; links to folders stay."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    around = {folder for path in paths for folder in (path.parent, *path.parents[1:3])}
+    for folder in sorted(around, key=lambda folder: len(folder.parts), reverse=True):
+        own = _SAVED.fullmatch(folder.name) or re.match(r"\d\d+-", folder.name)
+        if own and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def safe_name(name: str) -> str:
+    """The name of a task as a part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "task"

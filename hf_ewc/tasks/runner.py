@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,17 @@ from transformers import TrainingArguments
 from hf_ewc.config import EWCConfig
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.tasks.checks import (
+    check_data,
+    check_names,
+    check_score,
+    check_tasks,
+    check_types,
+)
+from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
-from hf_ewc.tasks.task import Metrics, Task, check_score, check_tasks, check_types
+from hf_ewc.tasks.task import Metrics, Task
 from hf_ewc.tasks.task_run import TaskRun
 from hf_ewc.training.trainer import EWCTrainer
 
@@ -33,6 +41,7 @@ class TaskResults:
         output_dir: where results.json, report.md, the plots and each task's model are.
         model: the model after the last task.
         state: the EWC state after the last task, None without EWC.
+        history: what was logged while training task i, `history[i]`: steps, losses, learning rates.
     """
 
     matrix: AccuracyMatrix
@@ -40,6 +49,7 @@ class TaskResults:
     output_dir: Path
     model: nn.Module
     state: EWCState | None = None
+    history: list[list[Entry]] = field(default_factory=list)
 
 
 def run_tasks(
@@ -56,6 +66,7 @@ def run_tasks(
     evaluate_unseen: bool = False,
     joint: Sequence[float] | Mapping[str, float] | None = None,
     scenario: str | None = None,
+    log_likelihood: Callable[..., Any] | None = None,
     resume: bool = True,
     **trainer_kwargs: Any,
 ) -> TaskResults:
@@ -84,17 +95,21 @@ def run_tasks(
             transfer needs.
         joint: scores by task of a model trained jointly, which intransigence needs.
         scenario: "task", "domain" or "class"; None looks at `classes` and the labels.
-        resume: False begins anew and removes what an earlier run left for these tasks.
+        log_likelihood: for heads whose likelihood is not known, as `consolidate` takes it.
+        resume: False begins anew and removes what an earlier run wrote for these tasks, but for
+            nothing else.
         trainer_kwargs: for the trainer's constructor, such as `callbacks` or `processing_class`.
 
     Raises:
         ValueError: no tasks, names that repeat, labels outside a task's classes, a metric that
-            evaluation did not return, an output folder that holds a different run, or fewer
-            processes than were asked for.
+            evaluation did not return, an output folder that holds a different run or is in use by
+            one, or fewer processes than were asked for.
         TypeError: an argument of another type, or `ewc_config` is given and `trainer_class` cannot
             consolidate.
     """
     check_types(tasks, args, ewc_config)
+    check_names(tasks)
+    check_data(tasks, data_collator)
     check_tasks(tasks, args, ewc_config, trainer_class, scenario)
     for task in tasks:
         check_score(task, task.compute_metrics or compute_metrics)
@@ -110,13 +125,20 @@ def run_tasks(
         mask_training=mask_training,
         evaluate_unseen=evaluate_unseen,
         scenario=scenario or guess_scenario([(t.train_dataset, t.classes) for t in tasks]),
+        log_likelihood=log_likelihood,
         trainer_kwargs=trainer_kwargs,
     )
     state = EWCState.from_pretrained(ewc_state) if isinstance(ewc_state, str) else ewc_state
-    matrix = AccuracyMatrix([task.name for task in tasks], joint=joint)
+    matrix = AccuracyMatrix(
+        [task.name for task in tasks],
+        joint=joint,
+        lower_is_better={task.name: "loss" for task in tasks if task.metric == "loss"},
+    )
     run = TaskRun(plan, model, state, matrix)
     if plan.scenario == "class":
         logger.warning(CLASS_INCREMENTAL)
-    run.start(resume)
-    run.learn_all()
-    return TaskResults(matrix, run.record.metrics, run.folder.path, run.model, run.state)
+    with run.started(resume):
+        run.learn_all()
+    return TaskResults(
+        matrix, run.record.metrics, run.folder.path, run.model, run.state, run.record.history
+    )

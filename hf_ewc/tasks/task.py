@@ -1,4 +1,4 @@
-"""One task of a sequence: its data, its classes, its score, and what is wrong with them."""
+"""One task of a sequence: its data, its classes, its score."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import EvalPrediction, TrainingArguments
-
-from hf_ewc.config import EWCConfig
-from hf_ewc.tasks.scenario import SCENARIOS, labels_of
+from transformers import EvalPrediction
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
 
@@ -49,58 +46,3 @@ def score_of(task: Task, metrics: Mapping[str, float]) -> float:
             f"{sorted(metrics)}. Set the task's metric to one of these, or its compute_metrics."
         )
     return -metrics["loss"] if task.metric == "loss" else metrics[task.metric]
-
-
-def check_tasks(
-    tasks: Sequence[Task],
-    args: TrainingArguments,
-    config: EWCConfig | None,
-    trainer_class: type[Any],
-    scenario: str | None,
-) -> None:
-    """Refuse tasks that cannot be learnt together: a `ValueError`, or a `TypeError`."""
-    if not tasks:
-        raise ValueError("run_tasks got no tasks; give at least one.")
-    if scenario not in (None, *SCENARIOS):
-        raise ValueError(f"scenario is {scenario!r}; allowed are {', '.join(SCENARIOS)} or None.")
-    if config is not None and not hasattr(trainer_class, "consolidate"):
-        raise TypeError(
-            f"{trainer_class.__name__} cannot consolidate; with ewc_config, trainer_class must be "
-            f"EWCTrainer or a class that begins with EWCMixin."
-        )
-    for task in tasks:
-        if task.classes is None:
-            continue
-        for kind, data in (("training", task.train_dataset), ("evaluation", task.eval_dataset)):
-            outside = labels_of(data) - set(task.classes)
-            if outside:
-                raise ValueError(
-                    f"task {task.name!r} has the labels {sorted(outside)} in its {kind} data, "
-                    f"which are not among its classes {list(task.classes)}."
-                )
-        if args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}; it would spread over "
-                f"the classes of other tasks as well. Set it to 0 for tasks with classes."
-            )
-
-
-def check_types(tasks: Any, args: Any, config: Any) -> None:
-    """Refuse arguments of `run_tasks` that are something else: a `TypeError`."""
-    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
-        raise TypeError("tasks must be a list of hf_ewc.Task, one for each task.")
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"args must be TrainingArguments, got {type(args).__name__}.")
-    if config is not None and not isinstance(config, EWCConfig):
-        raise TypeError(f"ewc_config must be an EWCConfig or None, got {type(config).__name__}.")
-
-
-def check_score(task: Task, compute_metrics: Metrics | None) -> None:
-    """Refuse a task whose score cannot be had, before it is trained: a `ValueError`."""
-    if task.eval_dataset is None:
-        raise ValueError(f"task {task.name!r} has no eval_dataset, on which its score is measured.")
-    if compute_metrics is None and task.metric not in ("accuracy", "loss"):
-        raise ValueError(
-            f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
-            "'accuracy' and 'loss'."
-        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from hf_ewc.processes import check_launch
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.blueprint import Blueprint
 from hf_ewc.tasks.evaluation import evaluate, metrics_of
+from hf_ewc.tasks.folder_lock import only_run_in
+from hf_ewc.tasks.history import history_of
 from hf_ewc.tasks.label_space import LabelSpace
+from hf_ewc.tasks.main_process import by_main_process, held_by_main_process, is_main
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.progress import TaskProgress
 from hf_ewc.tasks.record import Record
@@ -54,19 +58,31 @@ class TaskRun:
         self.space = LabelSpace(model, plan.tasks)
         self._blueprint: Blueprint | None = None
 
-    def start(self, resume: bool) -> None:
-        """Go on from what results.json records, or make the folder ready for a new run."""
+    @contextmanager
+    def started(self, resume: bool) -> Iterator[None]:
+        """Inside the block the folder is this run's, which goes on from its results or is new.
+
+        Raises:
+            ValueError: another run is at work in the folder, or it holds something else.
+        """
         _ = self.plan.args.device  # sets up the process group, if there is to be one
         check_launch(PartialState().num_processes)
-        found = resume and self.folder.results.exists()
-        if found:
-            self._restore()
-        # Everyone has looked before anyone writes.
-        PartialState().wait_for_everyone()
-        if not found and _is_main():
-            self.folder.clear()
-            self.record.begin(self.model)
-        PartialState().wait_for_everyone()
+        with held_by_main_process(only_run_in(self.folder.path)):
+            by_main_process(self.folder.remove_temporary)
+            if resume:
+                self.folder.check()
+            found = resume and self.folder.results.exists()
+            if found:
+                self._restore()
+            # Everyone has looked before anyone writes.
+            PartialState().wait_for_everyone()
+            if not found:
+                by_main_process(self._begin)
+            yield
+
+    def _begin(self) -> None:
+        self.folder.clear()
+        self.record.begin(self.model)
 
     def learn_all(self) -> None:
         """Learn the tasks that are not learnt yet."""
@@ -90,9 +106,8 @@ class TaskRun:
         self._score(trainer, index)
         trainer.save_model(str(self.folder.model(index)))
         trainer.accelerator.wait_for_everyone()
-        if _is_main():
-            self.record.write(self.model)
-        trainer.accelerator.wait_for_everyone()
+        self.record.history.append(history_of(trainer.state.log_history))
+        by_main_process(lambda: self.record.write(self.model))
         if index + 1 < len(self.plan.tasks):
             self._make_whole()
 
@@ -101,7 +116,14 @@ class TaskRun:
             set_seed(trainer.args.seed)
             trainer.train(resume_from_checkpoint=self._checkpoint(trainer))
             if self.plan.config is not None:
-                self.state = trainer.consolidate(name=task.name)
+                self.state = self._consolidate(trainer, task)
+
+    def _consolidate(self, trainer: Any, task: Task) -> EWCState:
+        given: dict[str, Any] = {}
+        if self.plan.log_likelihood is not None:
+            given["log_likelihood"] = self.plan.log_likelihood
+        state: EWCState = trainer.consolidate(name=task.name, **given)
+        return state
 
     def _checkpoint(self, trainer: Any) -> str | None:
         """The newest whole checkpoint of the task, None to begin it anew."""
@@ -154,7 +176,7 @@ class TaskRun:
         if not done:
             return
         folder = self.folder.model(done - 1)
-        if _is_main():
+        if is_main():
             logger.warning(
                 "%d of %d tasks were done before; going on from %s.",
                 done,
@@ -168,7 +190,7 @@ class TaskRun:
     def _progress(self) -> AbstractContextManager[TaskProgress | None]:
         """One bar for all tasks, which takes the place of each trainer's own."""
         done, tasks = self.record.done, self.plan.tasks
-        if self.plan.args.disable_tqdm or not _is_main() or done == len(tasks):
+        if self.plan.args.disable_tqdm or not is_main() or done == len(tasks):
             return nullcontext()
         return closing(TaskProgress([task.name for task in tasks], done, self.plan.method))
 
@@ -183,10 +205,6 @@ class TaskRun:
             return
         self.model = self._blueprint.built_from(self.model)
         self.space.move_to(self.model)
-
-
-def _is_main() -> bool:
-    return bool(PartialState().is_main_process)
 
 
 def _check_saves_whole(trainer: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -46,11 +47,12 @@ def load_converted(model: nn.Module, folder: str | Path) -> bool:
     if not needs_conversion(plain, folder) or not isinstance(plain, PreTrainedModel):
         return False
     with torch.random.fork_rng():
-        stored, info = type(plain).from_pretrained(str(folder), output_loading_info=True)
-    if info["missing_keys"]:
+        read: Any = type(plain).from_pretrained(str(folder), output_loading_info=True)
+    stored, missing = read[0], read[1]["missing_keys"]
+    if missing:
         raise ValueError(
-            f"{folder} does not hold the weights of this model: it lacks "
-            f"{len(info['missing_keys'])} of them, such as {min(info['missing_keys'])}."
+            f"{folder} does not hold the weights of this model: it lacks {len(missing)} of them, "
+            f"such as {min(missing)}."
         )
     with gathered(stored.parameters()):  # where ZeRO-3 has partitioned them as they were read
         plain.load_state_dict(stored.state_dict())

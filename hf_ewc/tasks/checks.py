@@ -1,0 +1,145 @@
+"""What is wrong with the arguments of `run_tasks`, said before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.tasks.run_folder import safe_name
+from hf_ewc.tasks.scenario import SCENARIOS, labels_of
+from hf_ewc.tasks.task import Metrics, Task
+
+LONGEST_NAME = 200  # file systems take 255 bytes, of which the number of the task needs some
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Refuse names that are no text, empty, alike, or too long for a folder.
+
+    Raises:
+        TypeError: a name is no string.
+        ValueError: with the name.
+    """
+    for task in tasks:
+        if not isinstance(task.name, str):
+            raise TypeError(f"a task's name is a string, got {task.name!r}.")
+        if not task.name.strip():
+            raise ValueError("a task's name is empty; give each a name of its own.")
+        if max(len(task.name), len(safe_name(task.name))) > LONGEST_NAME:
+            raise ValueError(
+                f"the task's name {task.name[:40]!r}… has {len(task.name)} characters; its folder "
+                f"is named after it, so at most {LONGEST_NAME} are allowed."
+            )
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks are {names}; each needs a name of its own.")
+
+
+def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) -> None:
+    """Refuse data that no Trainer can read: tables, paths, nothing, labels that are words.
+
+    Raises:
+        TypeError: it is no data set.
+        ValueError: it is empty, or its labels are strings and no collator turns them into numbers.
+    """
+    for task in tasks:
+        if task.train_dataset is None:
+            raise ValueError(f"task {task.name!r} has no train_dataset.")
+        for kind, data in (("train", task.train_dataset), ("eval", task.eval_dataset)):
+            what = f"the {kind}_dataset of task {task.name!r}"
+            _check_kind(what, data)
+            if task.data_collator is None and data_collator is None:
+                _check_labels(what, data)
+
+
+def _check_kind(what: str, data: Any) -> None:
+    library = type(data).__module__.split(".")[0]
+    if library in ("pandas", "polars", "pyarrow"):
+        raise TypeError(
+            f"{what} is a {library} {type(data).__name__}; give a data set of examples, such as "
+            "datasets.Dataset.from_pandas(table, preserve_index=False)."
+        )
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"{what} is a {type(data).__name__} with the keys {list(data)[:5]}; give one data set, "
+            "such as one split of a DatasetDict, or datasets.Dataset.from_dict(columns)."
+        )
+    if isinstance(data, (str, bytes)) or not (
+        data is None or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    ):
+        raise TypeError(f"{what} is {data!r:.60}; give a data set of examples.")
+    if hasattr(data, "__len__") and len(data) == 0:
+        raise ValueError(f"{what} is empty; give at least one example.")
+
+
+def _check_labels(what: str, data: Any) -> None:
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        return
+    example = data[0]
+    for column in ("labels", "label"):
+        label = example.get(column) if isinstance(example, Mapping) else None
+        first = label[0] if isinstance(label, (list, tuple)) and label else label
+        if isinstance(first, str):
+            raise ValueError(
+                f"the {column} of {what} are strings, such as {first!r}; needed are the numbers "
+                "of classes from 0: in a datasets.Dataset "
+                f"dataset.class_encode_column({column!r}), which counts them in alphabetical "
+                "order; every task's data must be numbered alike."
+            )
+
+
+def check_tasks(
+    tasks: Sequence[Task],
+    args: TrainingArguments,
+    config: EWCConfig | None,
+    trainer_class: type[Any],
+    scenario: str | None,
+) -> None:
+    """Refuse tasks that cannot be learnt together: a `ValueError`, or a `TypeError`."""
+    if not tasks:
+        raise ValueError("run_tasks got no tasks; give at least one.")
+    if scenario not in (None, *SCENARIOS):
+        raise ValueError(f"scenario is {scenario!r}; allowed are {', '.join(SCENARIOS)} or None.")
+    if config is not None and not hasattr(trainer_class, "consolidate"):
+        raise TypeError(
+            f"{trainer_class.__name__} cannot consolidate; with ewc_config, trainer_class must be "
+            f"EWCTrainer or a class that begins with EWCMixin."
+        )
+    for task in tasks:
+        if task.classes is None:
+            continue
+        for kind, data in (("training", task.train_dataset), ("evaluation", task.eval_dataset)):
+            outside = labels_of(data) - set(task.classes)
+            if outside:
+                raise ValueError(
+                    f"task {task.name!r} has the labels {sorted(outside)} in its {kind} data, "
+                    f"which are not among its classes {list(task.classes)}."
+                )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}; it would spread over "
+                f"the classes of other tasks as well. Set it to 0 for tasks with classes."
+            )
+
+
+def check_types(tasks: Any, args: Any, config: Any) -> None:
+    """Refuse arguments of `run_tasks` that are something else: a `TypeError`."""
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
+        raise TypeError("tasks must be a list of hf_ewc.Task, one for each task.")
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args must be TrainingArguments, got {type(args).__name__}.")
+    if config is not None and not isinstance(config, EWCConfig):
+        raise TypeError(f"ewc_config must be an EWCConfig or None, got {type(config).__name__}.")
+
+
+def check_score(task: Task, compute_metrics: Metrics | None) -> None:
+    """Refuse a task whose score cannot be had, before it is trained: a `ValueError`."""
+    if task.eval_dataset is None:
+        raise ValueError(f"task {task.name!r} has no eval_dataset, on which its score is measured.")
+    if compute_metrics is None and task.metric not in ("accuracy", "loss"):
+        raise ValueError(
+            f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
+            "'accuracy' and 'loss'."
+        )

@@ -1,0 +1,231 @@
+"""The folder of a run: what is removed and what is not, one run at a time, results first."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+from test_tasks import CONFIG, arguments, examples, same_weights, two_tasks, vit
+from transformers import TrainerCallback
+
+import hf_ewc.report.writing as writing
+from hf_ewc import EWCTrainer, Task, run_tasks
+from hf_ewc.tasks.folder_lock import only_run_in
+from hf_ewc.tasks.run_folder import RunFolder
+
+
+def run(folder, **options):
+    return run_tasks(vit(), two_tasks(), arguments(folder, max_steps=1), CONFIG, **options)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run that is done, with what its user put beside what it wrote."""
+    folder = tmp_path_factory.mktemp("done")
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def used(done, tmp_path):
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", done, folder], check=True)
+    for place in (folder, folder / "01-0-or-1", folder / "01-0-or-1" / "final"):
+        (place / "notes.txt").write_text("mine")
+    (folder / "02-2-or-3" / "photos").mkdir()
+    (folder / "02-2-or-3" / "photos" / "config.json").write_text("mine, too")
+    (folder / "empty").mkdir()
+    return folder
+
+
+def mine(folder):
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.read_bytes().startswith(b"mine")
+    )
+
+
+def test_beginning_anew_removes_what_the_run_wrote_and_nothing_else(used, caplog):
+    before = mine(used)
+    assert len(before) == 4
+    stale = used / "01-0-or-1" / "checkpoint-7"
+    stale.mkdir()
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        (stale / name).write_text("{}")
+    (used / "01-0-or-1" / "final" / "model-00001-of-00002.safetensors").write_text("old")
+    result = run(used, resume=False)
+    assert mine(used) == before
+    assert (used / "empty").is_dir()
+    assert not stale.exists()
+    assert not (used / "01-0-or-1" / "final" / "model-00001-of-00002.safetensors").exists()
+    assert result.matrix.num_learnt == 2
+    assert "removes" in caplog.text
+    assert "notes.txt" in caplog.text
+
+
+def test_a_folder_that_is_a_link_is_cleared_where_it_leads_to(used, tmp_path):
+    (used / "01-0-or-1").rename(tmp_path / "larger disk")
+    (used / "01-0-or-1").symlink_to(tmp_path / "larger disk")
+    old = tmp_path / "larger disk" / "checkpoint-1"
+    (used / "01-0-or-1" / "final").rename(old)
+    (old / "trainer_state.json").write_text('{"global_step": 1}')
+    fresh = run(tmp_path / "fresh")
+    result = run(used, resume=False)  # would go on from the old weights
+    assert same_weights(result.model, fresh.model)
+    assert (used / "01-0-or-1").is_symlink()
+    assert (tmp_path / "larger disk" / "final" / "model.safetensors").is_file()
+
+
+def test_a_link_to_nowhere_is_an_error(used, tmp_path):
+    (used / "02-2-or-3").rename(tmp_path / "elsewhere")
+    (used / "02-2-or-3").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(ValueError, match="which is not there"):
+        run(used)
+
+
+def test_tasks_without_results_are_not_removed(used):
+    (used / "results.json").unlink()
+    before = sorted(used.rglob("*"))
+    with pytest.raises(ValueError, match=r"no results\.json .*resume=False"):
+        run(used)
+    assert sorted(p for p in used.rglob("*") if p.name != ".run_tasks.lock") == [
+        p for p in before if p.name != ".run_tasks.lock"
+    ]
+
+
+def test_a_removal_that_fails_is_an_error(used, monkeypatch):
+    def fail(self, missing_ok=False):
+        raise PermissionError(f"not allowed: {self}")
+
+    monkeypatch.setattr("pathlib.Path.unlink", fail)
+    with pytest.raises(PermissionError, match="not allowed"):
+        run(used, resume=False)
+
+
+def test_a_folder_in_use_says_so(tmp_path):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib\n"
+            "from hf_ewc.tasks.folder_lock import only_run_in\n"
+            "with only_run_in(pathlib.Path(sys.argv[1])):\n"
+            "    print('held', flush=True); sys.stdin.read()",
+            str(tmp_path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"in use by another run \(process {holder.pid}\)"):
+            run(tmp_path)
+    finally:
+        holder.kill()
+        holder.communicate()
+    # The lock ended with its process.
+    with only_run_in(tmp_path), pytest.raises(ValueError, match="in use"):
+        run(tmp_path)
+
+
+def test_what_killed_writers_left_is_removed(done, tmp_path):
+    left = done / ".results.json.ab12cd_3"
+    left.write_text("half")
+    other = done / ".mine.results.json"
+    other.write_text("mine")
+    run(done)
+    assert not left.exists()
+    assert other.exists()
+    other.unlink()
+
+
+def test_results_are_there_though_the_report_fails(tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr(writing, "markdown", fail)
+    result = run(tmp_path)
+    assert result.matrix.num_learnt == 2
+    assert len(json.loads((tmp_path / "results.json").read_text())["metrics"]) == 2
+    assert "no such glyph" in caplog.text
+
+
+def test_losses_are_shown_and_kept(tmp_path, capfd):
+    args = arguments(
+        tmp_path, max_steps=2, logging_strategy="steps", logging_steps=1, disable_tqdm=False
+    )
+    result = run_tasks(vit(), two_tasks(), args, CONFIG)
+    kept = json.loads((tmp_path / "results.json").read_text())["history"]
+    assert kept == result.history
+    assert [[entry["step"] for entry in task] for task in kept] == [[1, 2], [1, 2]]
+    assert all({"loss", "learning_rate", "epoch"} <= entry.keys() for entry in kept[0])
+    assert "ewc_penalty" in kept[1][0]
+    assert f"loss={kept[0][0]['loss']:.4g}" in capfd.readouterr().err
+    again = run_tasks(vit(), two_tasks(), args, CONFIG)
+    assert again.history == kept
+
+
+class Never(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        raise AssertionError("a step was taken")
+
+
+def words(count=4):
+    return [{"pixel_values": np.zeros((1, 4, 4)), "labels": "a word of 13"} for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(name="x" * 300), ValueError, "300 characters"),
+        (dict(name="  "), ValueError, "is empty"),
+        (dict(name="0 or 1"), ValueError, "name of its own"),
+        (dict(name=3), TypeError, "a string, got 3"),
+        (dict(train_dataset=None), ValueError, "no train_dataset"),
+        (dict(train_dataset=[]), ValueError, "is empty"),
+        (dict(train_dataset="data.csv"), TypeError, r"data\.csv"),
+        (dict(eval_dataset=pd.DataFrame({"labels": [1]})), TypeError, "from_pandas"),
+        (dict(eval_dataset={"a": examples((2, 3))}), TypeError, "one data set"),
+        (dict(train_dataset=DatasetDict()), TypeError, "one data set"),
+        (dict(train_dataset=words()), ValueError, "strings, such as 'a word of 13'"),
+        (
+            dict(eval_dataset=Dataset.from_dict({"label": [["B", "O"]], "x": [1]})),
+            ValueError,
+            r"strings, such as 'B'.*class_encode_column",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_later_task_is_said_before_the_first_step(
+    tmp_path, change, error, message
+):
+    first, second = two_tasks(masked=False)
+    fields = dict(train_dataset=second.train_dataset, eval_dataset=second.eval_dataset)
+    later = Task(**(dict(name="later") | fields | change))
+    with pytest.raises(error, match=message):
+        run_tasks(vit(), [first, later], arguments(tmp_path), CONFIG, callbacks=[Never()])
+
+
+def test_the_longest_name_that_is_allowed(tmp_path):
+    task = two_tasks()[0]
+    folder = RunFolder(tmp_path, [Task("ü" * 200, task.train_dataset, task.eval_dataset)])
+    folder.model(0).mkdir(parents=True)
+
+
+class Listening(EWCTrainer):
+    given: ClassVar[list] = []
+
+    def consolidate(self, *args, log_likelihood=None, **kwargs):
+        self.given.append(log_likelihood)
+        return super().consolidate(*args, **kwargs)
+
+
+def test_a_given_likelihood_reaches_the_fisher(tmp_path):
+    run(tmp_path, log_likelihood=vit, trainer_class=Listening)
+    assert Listening.given == [vit, vit]
