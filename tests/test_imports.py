@@ -15,6 +15,7 @@ STRANGERS = [("fisher", "state"), ("state", "fisher")]
 # The ground floor: what every wing may use, and what it may use itself.
 GROUND_FLOOR = {
     "config": {"parameters"},
+    "continual_learning": {"metrics"},
     "files": set(),
     "metrics": set(),
     "processes": set(),

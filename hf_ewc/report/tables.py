@@ -45,12 +45,12 @@ def score_table(repeats: Sequence[AccuracyMatrix]) -> str:
     ]
     arrows = [f"{name} ↓" if n in first.lower_is_better else name
               for name, n in zip(header, names, strict=True)]  # fmt: skip
-    table = _table(["score on", *arrows], rows)
+    shown_table = table(["score on", *arrows], rows)
     others = len(first.tasks)
     if is_wide and first.others:
         kept = "; ".join(f"{j + 1}: {shown[j]}" for j in range(others, len(names)))
-        table += f"\n\nOnly evaluated: {kept}."
-    return table
+        shown_table += f"\n\nOnly evaluated: {kept}."
+    return shown_table
 
 
 def _trained(shown: Sequence[str], row: int, is_wide: bool) -> str:
@@ -89,7 +89,7 @@ def _table_of_many(repeats: Sequence[AccuracyMatrix]) -> str:
         cells = _cells(mean[[j, last], j], error[[j, last], j], len(repeats))
         arrow = " ↓" if task in first.lower_is_better else ""
         rows.append([f"{j + 1}. {in_markdown(task)}{arrow}", *cells])
-    return _table(["score on", "when learnt", "in the end"], rows)
+    return table(["score on", "when learnt", "in the end"], rows)
 
 
 def summary_table(runs: Given) -> str:
@@ -130,7 +130,7 @@ def cost_table(runs: Runs) -> str:
                 f"{max(memory) / 2**20:.0f}" if memory else "",
                 ", ".join(map(str, repeats)),
             ])  # fmt: skip
-    return _table(["", "seconds a run", "peak memory (MiB)", "seeds"], rows) if rows else ""
+    return table(["", "seconds a run", "peak memory (MiB)", "seeds"], rows) if rows else ""
 
 
 def labels(matrix: AccuracyMatrix) -> dict[str, str]:
@@ -158,7 +158,7 @@ def _by_measure(
         [in_markdown(method), *(_estimate(summary.get(name), sign) for name in columns)]
         for method, summary in found.items()
     ]
-    return _table([corner, *(names[name] for name in columns)], rows)
+    return table([corner, *(names[name] for name in columns)], rows)
 
 
 def _estimate(found: Estimate | None, sign: str = "") -> str:
@@ -177,7 +177,8 @@ def number(mean: float, error: float = 0.0, repeats: int = 1, sign: str = "") ->
     return f"{mean:{kind}} ± {error:{kind.lstrip('+')}}" if repeats > 1 else f"{mean:{kind}}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
     widths = [max(3, *(len(row[k]) for row in [header, *rows])) for k in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

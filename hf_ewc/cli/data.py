@@ -1,0 +1,145 @@
+"""The examples that a command is given: files, folders and data sets of the Hub."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+
+from hf_ewc.cli.models import is_causal
+
+_BUILDERS = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
+    ".txt": "text",
+}  # fmt: skip
+
+
+def examples(model: Any, given: argparse.Namespace) -> tuple[Any, Any]:
+    """The examples of `given.data` as the model takes them, and the collator for their batches.
+
+    Raises:
+        ValueError: no such data, split or column, no examples, or labels that the model has not.
+    """
+    data = load(given.data, given.split)
+    if not len(data):
+        raise ValueError(f"{given.data} has no examples.")
+    if {"input_ids", "pixel_values"} & {*data.column_names}:
+        return data, None
+    images = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    if images:
+        return _of_images(data, images[0], model, given)
+    return _of_texts(data, model, given)
+
+
+def load(source: str, split: str) -> Any:
+    """The data set behind a path or a Hub id, one split of it."""
+    datasets.disable_progress_bars()
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or path.suffix in _BUILDERS
+    if looks_local and not path.exists():
+        raise ValueError(f"{source} does not exist.")
+    if path.is_file() and path.suffix.lower() not in _BUILDERS:
+        raise ValueError(f"{path} is none of {', '.join(_BUILDERS)}.")
+    try:
+        found = _loaded(path) if path.exists() else datasets.load_dataset(*source.split(":", 1))
+    except Exception as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    if not isinstance(found, Mapping):
+        return found
+    if split not in found:
+        raise ValueError(f"{source} has the splits {[*found]}; choose one by --split.")
+    return found[split]
+
+
+def _loaded(path: Path) -> Any:
+    if path.is_file():
+        builder = _BUILDERS[path.suffix.lower()]
+        options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
+        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return datasets.load_from_disk(str(path))
+    return datasets.load_dataset(str(path))
+
+
+def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, Any]:
+    """Tokens, and as labels the label's number or, for language models, the tokens themselves."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    label = None if is_causal(model) else _label_column(data, given.label)
+    texts = given.text or _text_columns(data, label)
+    _check_columns(data, texts)
+    longest = given.max_length or min(tokenizer.model_max_length, _positions(model))
+
+    def prepared(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        columns = (rows[name] for name in texts[:2])
+        found = dict(tokenizer(*columns, truncation=True, max_length=longest))
+        if label is not None:
+            found["labels"] = [_label(value, model) for value in rows[label]]
+        return found
+
+    ready = data.map(prepared, batched=True, remove_columns=data.column_names)
+    if label is None:
+        return ready, transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return ready, transformers.DataCollatorWithPadding(tokenizer)
+
+
+def _of_images(data: Any, image: str, model: Any, given: argparse.Namespace) -> tuple[Any, Any]:
+    """Pixels and the label's number, prepared as they are asked for."""
+    processor = transformers.AutoImageProcessor.from_pretrained(given.model)
+    label = _label_column(data, given.label)
+    names = getattr(data.features[label], "names", None)
+    mode = {1: "L", 3: "RGB"}.get(getattr(model.config, "num_channels", 3), "RGB")
+
+    def prepared(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        pixels = processor([picture.convert(mode) for picture in rows[image]], return_tensors="pt")
+        values = [names[value] if names else value for value in rows[label]]
+        return {**pixels, "labels": [_label(value, model) for value in values]}
+
+    return data.with_transform(prepared), None
+
+
+def _label_column(data: Any, wanted: str | None) -> str:
+    found = [wanted] if wanted else [c for c in ("label", "labels") if c in data.column_names]
+    if not found:
+        raise ValueError(f"the data has the columns {data.column_names}; choose one by --label.")
+    _check_columns(data, found[:1])
+    return found[0]
+
+
+def _text_columns(data: Any, label: str | None) -> list[str]:
+    """The columns of text, at most two."""
+    kinds = {"string", "large_string"}
+    found = [n for n, f in data.features.items() if getattr(f, "dtype", "") in kinds and n != label]
+    if not 1 <= len(found) <= 2:
+        raise ValueError(f"the data has the columns {data.column_names}; choose one by --text.")
+    return found
+
+
+def _check_columns(data: Any, names: list[str]) -> None:
+    missing = [name for name in names if name not in data.column_names]
+    if missing:
+        raise ValueError(f"the data has no column {missing[0]!r}; it has {data.column_names}.")
+
+
+def _label(value: Any, model: Any) -> int | float:
+    """The label's number in the model's head, from its name or its number."""
+    known = model.config.label2id or {}
+    if isinstance(value, str):
+        if value in known:
+            return int(known[value])
+        raise ValueError(f"a label is {value!r}; the model has {[*known]}.")
+    if isinstance(value, float) or model.config.num_labels == 1:
+        return float(value)
+    if value is None or not 0 <= value < model.config.num_labels:
+        raise ValueError(f"a label is {value}; the model has 0 to {model.config.num_labels - 1}.")
+    return int(value)
+
+
+def _positions(model: Any) -> int:
+    """The most tokens that the model takes."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)

@@ -1,0 +1,326 @@
+"""The command line: what it prints and writes, and its errors of one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from models import bert, vit
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTImageProcessorPil,
+)
+
+from hf_ewc import AccuracyMatrix, EWCState, Fisher, estimate_fisher
+from hf_ewc.cli import main
+from hf_ewc.cli.fisher_command import FISHER_TYPES
+from hf_ewc.importance import FISHER_TYPES as KNOWN
+from hf_ewc.report import read_outcomes, write_report
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "book", "the", "a"]
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    model = bert(id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2})
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer():
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    return BertTokenizerFast(vocab=vocabulary)
+
+
+ROWS = [("the good film", "yes"), ("a bad book", "no"), ("the film", "maybe"), ("bad bad", "no")]
+
+
+@pytest.fixture
+def csv(tmp_path):
+    path = tmp_path / "reviews.csv"
+    lines = [f"{i},{text},{label}" for i, (text, label) in enumerate(ROWS)]
+    path.write_text("\n".join(["id,text,label", *lines]) + "\n")
+    return path
+
+
+def failed(capsys, *arguments):
+    """The one line that a command ends with, after the status 2."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        status = ended.code
+    printed = capsys.readouterr()
+    assert status == 2, printed.out
+    (line,) = printed.err.splitlines()
+    assert line.startswith("hf-ewc")
+    return line
+
+
+def test_fisher_of_a_file(tmp_path, text_model, csv, capsys):
+    assert main(["fisher", str(text_model), str(csv), "-o", str(tmp_path / "state")]) == 0
+    assert "on 4 examples, task 'reviews'" in capsys.readouterr().out
+    state = EWCState.from_pretrained(tmp_path / "state")
+    assert [(task.name, task.num_examples) for task in state.tasks] == [("reviews", 4)]
+    names = {"no": 0, "yes": 1, "maybe": 2}
+    rows = [{**tokenizer()(text), "labels": names[label]} for text, label in ROWS]
+    expected = estimate_fisher(bert().eval(), rows, batch_size=1, data_collator=collate)
+    for name, values in expected.diagonal.items():
+        torch.testing.assert_close(state.importance[name], values, rtol=1e-4, atol=1e-9)
+
+
+def collate(rows):
+    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet", "tsv", "folder", "disk"])
+def test_fisher_of_other_files(tmp_path, text_model, csv, suffix):
+    data = datasets.Dataset.from_list([{"text": t, "label": label} for t, label in ROWS])
+    path = tmp_path / f"data.{suffix}"
+    if suffix in ("json", "jsonl"):
+        data.to_json(path)
+    elif suffix == "parquet":
+        data.to_parquet(path)
+    elif suffix == "tsv":
+        path.write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in ROWS))
+    elif suffix == "folder":
+        path.mkdir()
+        data.to_csv(path / "train.csv")
+    else:
+        data.save_to_disk(path)
+    out = tmp_path / "state"
+    assert main(["fisher", str(text_model), str(path), "-o", str(out), "--name", "x"]) == 0
+    assert EWCState.from_pretrained(out).tasks[0].num_examples == 4
+
+
+def test_fisher_goes_on_from_an_earlier_state(tmp_path, text_model, csv):
+    options = ["--num_samples", "2", "--fisher_type", "empirical", "--text", "text"]
+    command = ["fisher", str(text_model), str(csv), *options]
+    assert main([*command, "-o", str(tmp_path / "a"), "--name", "first"]) == 0
+    onto = ["--onto", str(tmp_path / "a"), "--mode", "separate", "--seed", "1"]
+    assert main([*command, *onto, "-o", str(tmp_path / "b")]) == 0
+    tasks = EWCState.from_pretrained(tmp_path / "b").tasks
+    assert [(t.name, t.num_examples, t.fisher_type) for t in tasks] == [
+        ("first", 2, "empirical"),
+        ("reviews", 2, "empirical"),
+    ]
+
+
+def test_fisher_of_a_language_model(tmp_path):
+    words = len(WORDS)
+    config = GPT2Config(vocab_size=words, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "lines.txt").write_text("the good film\nbad\n")
+    command = ["fisher", str(tmp_path / "model"), str(tmp_path / "lines.txt")]
+    assert main([*command, "-o", str(tmp_path / "state"), "--max_length", "4"]) == 0
+    assert EWCState.from_pretrained(tmp_path / "state").tasks[0].num_examples == 2
+
+
+def test_fisher_of_images(tmp_path):
+    vit().save_pretrained(tmp_path / "model")
+    size = {"height": 8, "width": 8}
+    ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(
+        tmp_path / "model"
+    )
+    chance = np.random.default_rng(0)
+    pictures = [chance.integers(0, 255, (8, 8), dtype=np.uint8) for _ in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": pictures, "label": [0, 1, 2, 0]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
+    command = ["fisher", str(tmp_path / "model"), str(tmp_path / "data")]
+    assert main([*command, "-o", str(tmp_path / "state")]) == 0
+    assert EWCState.from_pretrained(tmp_path / "state").tasks[0].num_examples == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["no/such/model", "CSV"], "no/such/model"),
+        (["MODEL", "/no/such.csv"], "/no/such.csv does not exist"),
+        (["MODEL", "CSV", "--label", "gold"], "no column 'gold'"),
+        (["MODEL", "CSV", "--text", "body"], "no column 'body'"),
+        (["MODEL", "CSV", "--num_samples", "-3"], "--num_samples is -3"),
+        (["MODEL", "CSV", "--batch_size", "0"], "--batch_size is 0"),
+        (["MODEL", "CSV", "--batch_size", "x"], "invalid int value: 'x'"),
+        (["MODEL", "CSV", "--fisher_type", "best"], "invalid choice: 'best'"),
+        (["MODEL", "CSV", "--onto", "/no/such/state"], "/no/such/state"),
+        (["MODEL", "EMPTY"], "empty.csv cannot be read"),
+        (["MODEL", "HEADER"], "header.csv cannot be read"),
+        (["MODEL", "BINARY"], "binary.parquet cannot be read"),
+        (["MODEL", "ODD"], "a label is 'perhaps'; the model has"),
+        (["MODEL", "OTHER"], "is none of .csv"),
+        (["MODEL"], "the following arguments are required: DATA"),
+    ],
+)
+def test_errors_of_fisher(tmp_path, text_model, csv, capsys, changes, message):
+    files = {
+        "EMPTY": ("empty.csv", ""),
+        "HEADER": ("header.csv", "text,label\n"),
+        "ODD": ("odd.csv", "text,label\nthe film,perhaps\n"),
+        "BINARY": ("binary.parquet", "\0\1"),
+        "OTHER": ("other.xyz", "the film"),
+    }
+    for name, content in files.values():
+        (tmp_path / name).write_text(content)
+    known = {"MODEL": text_model, "CSV": csv, **{k: tmp_path / n for k, (n, _) in files.items()}}
+    given = [known.get(argument, argument) for argument in changes]
+    assert message in failed(capsys, "fisher", *given, "-o", tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def state_of(values):
+    parameters = {name: torch.zeros_like(value) for name, value in values.items()}
+    return EWCState().consolidate(Fisher(values, 7, "exact"), parameters, name="first | task")
+
+
+def test_inspect_shows_tasks_sizes_and_layers(tmp_path, capsys):
+    state = state_of({
+        "bert.encoder.layer.0.a.weight": torch.full((2, 3), 0.5),
+        "bert.encoder.layer.0.b.bias": torch.ones(3),
+        "classifier.weight": torch.full((4,), 0.5),
+    })  # fmt: skip
+    state.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 tasks, 13 parameters in 3 tensors")
+    layer = next(line for line in lines if "bert.encoder.layer.0" in line)
+    assert [cell.strip() for cell in layer.split("|")[2:-1]] == ["9", "6", "75.0 %", "0.667"]
+    assert "first \\| task" in "\n".join(lines)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"]["classifier"]["share"] == 0.25
+    assert found["tasks"][0]["num_examples"] == 7
+
+
+@pytest.mark.parametrize("damage", ["no folder", "empty folder", "no json", "cut tensors", "file"])
+def test_errors_of_inspect(tmp_path, capsys, damage):
+    folder = tmp_path / "state"
+    if damage == "empty folder":
+        folder.mkdir()
+    elif damage == "file":
+        folder.write_text("x")
+    elif damage != "no folder":
+        state_of({"a.weight": torch.ones(3)}).save_pretrained(folder)
+        if damage == "no json":
+            (folder / "ewc_state.json").write_text("{")
+        else:
+            (tensors,) = folder.glob("*.safetensors")
+            tensors.write_bytes(tensors.read_bytes()[:-1])
+    assert "state" in failed(capsys, "inspect", folder)
+
+
+def matrix(last, names=("a", "b")):
+    return AccuracyMatrix(names, [[0.9, None], [last, 0.8]])
+
+
+def test_report_on_several_folders(tmp_path, capsys):
+    write_report(tmp_path / "plain", {"plain": {1: matrix(0.5), 2: matrix(0.4)}})
+    write_report(tmp_path / "ewc" / "seed-1", {"EWC": {1: matrix(0.9)}})
+    write_report(tmp_path / "ewc" / "seed-2", {"EWC": {2: matrix(0.8)}})
+    out = tmp_path / "report"
+    arguments = ["report", str(tmp_path / "plain"), str(tmp_path / "ewc"), "-o", str(out)]
+    assert main([*arguments, "--title", "Two ways"]) == 0
+    printed = capsys.readouterr().out
+    assert "minus plain" in printed
+    assert "stability_plasticity.png" in printed
+    runs, _ = read_outcomes(out / "results.json")
+    assert {method: [*repeats] for method, repeats in runs.items()} == {
+        "plain": [1, 2],
+        "EWC": [1, 2],
+    }
+    assert (out / "report.md").read_text().startswith("# Two ways")
+
+
+def test_report_tells_runs_of_one_method_and_seed_apart(tmp_path):
+    for name, last in (("weak", 0.5), ("strong", 0.9)):
+        details = {"settings": {"args": {"seed": 4}}}
+        write_report(tmp_path / name, {"EWC": [matrix(last)]}, details=details)
+    folders = [str(tmp_path / "weak"), str(tmp_path / "strong")]
+    assert main(["report", *folders, "-o", str(tmp_path / "out")]) == 0
+    runs, _ = read_outcomes(tmp_path / "out" / "results.json")
+    assert {method: [*repeats] for method, repeats in runs.items()} == {
+        "EWC": [4],
+        "EWC (strong)": [4],
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "does not exist"),
+        ("empty", "holds no results.json"),
+        ("damaged", "is not a results file of hf_ewc"),
+        ("other tasks", "different tasks"),
+        ("onto itself", "holds results that are read"),
+    ],
+)
+def test_errors_of_report(tmp_path, capsys, kind, message):
+    folder, other, out = tmp_path / "run", tmp_path / "other", tmp_path / "out"
+    write_report(other, {"EWC": [matrix(0.5)]})
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "damaged":
+        (folder / "results.json").write_text("{}")
+    elif kind == "other tasks":
+        write_report(folder, {"EWC": [matrix(0.5, ("a", "c"))]})
+    elif kind == "onto itself":
+        folder, out = other, other
+    before = sorted(os.listdir(other))
+    assert message in failed(capsys, "report", folder, other, "-o", out)
+    assert sorted(os.listdir(other)) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["fisher"], ["inspect"], ["report"]])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "examples:\n  hf-ewc" in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["inspect"], ["report", "--x"]])
+def test_errors_of_the_command_line(arguments, capsys):
+    assert "--help" in failed(capsys, *arguments)
+
+
+def test_a_traceback_is_there_for_who_asks(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["--traceback", "report", str(tmp_path / "no")])
+
+
+def test_fisher_types_are_the_known_ones():
+    assert ("auto", *KNOWN) == FISHER_TYPES
+
+
+def test_as_a_process(tmp_path):
+    write_report(tmp_path / "run", {"EWC": [matrix(0.5)]})
+    command = [sys.executable, "-m", "hf_ewc.cli", "report", "run", "no"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)
+    })  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hf-ewc: error: no does not exist.\n"
+
+
+def test_fisher_of_an_adapter_is_that_of_its_matrices(tmp_path, text_model, csv):
+    base = BertForSequenceClassification.from_pretrained(text_model)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    command = ["fisher", str(tmp_path / "adapter"), str(csv), "-o", str(tmp_path / "state")]
+    assert main(command) == 0
+    names = list(EWCState.from_pretrained(tmp_path / "state").importance)
+    assert any("lora_B" in name for name in names)
+    assert not any("key" in name for name in names)
