@@ -34,7 +34,7 @@ from torch.func import functional_call, grad, vmap
 from hf_ewc.fisher.engine.one_backward import OneBackward
 from hf_ewc.fisher.engine.one_by_one import OneByOne
 from hf_ewc.fisher.examples.batch import ExampleBatch
-from hf_ewc.fisher.likelihood.outputs import LabelReader
+from hf_ewc.fisher.likelihood.reader import LabelReader
 
 Batch = dict[str, Tensor]
 Pass = Callable[[], dict[str, Tensor] | None]

@@ -8,7 +8,7 @@ import fisher_oracle as oracle
 import pytest
 import torch
 import transformers as t
-from architectures import DECODER, SMALL, build, classes, language, tokens
+from architectures import DECODER, SMALL, build, classes, language
 from torch import nn
 
 from hf_ewc import estimate_fisher
@@ -104,20 +104,3 @@ def test_heads_that_are_not_known_are_refused():
     two_heads = t.BertForPreTraining(t.BertConfig(**SMALL))
     with pytest.raises(ValueError, match="holds next_sentence_label besides"):
         empirical(two_heads, {**language(3), "next_sentence_label": classes(3, 2)})
-    detector = t.ElectraForPreTraining(t.ElectraConfig(**SMALL, embedding_size=6))
-    with pytest.raises(ValueError, match="problem_type"):
-        empirical(detector, {**tokens(3), "labels": tokens(3)["input_ids"] % 2})
-    speech = t.Wav2Vec2ForCTC(
-        t.Wav2Vec2Config(
-            **SMALL,
-            conv_dim=(8,),
-            conv_stride=(4,),
-            conv_kernel=(4,),
-            num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2,
-        )
-    )
-    sounds = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[5, 6, 7, -100, -100, -100]] * 3)  # as many as there are frames
-    with pytest.raises(ValueError, match="not the cross-entropy"):
-        empirical(speech, {"input_values": sounds, "labels": labels})

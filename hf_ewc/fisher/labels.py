@@ -1,14 +1,39 @@
-"""The labels in a batch: under which names they come, and which positions count."""
+"""The labels in a batch: under which names they come, and which of them are there."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Batch = dict[str, Any]
 LABEL_NAMES = ("labels", "label", "label_ids", "start_positions", "end_positions")
 IGNORED = -100
+USE_LOG_LIKELIHOOD = (
+    "pass log_likelihood= a function of (model, batch) that returns log p(y|x) of each example, "
+    "shape (batch,), to estimate_fisher"
+)
+
+
+def are_there(labels: Tensor) -> Tensor:
+    """Which labels are not missing, of the same shape: missing are −100 and NaN."""
+    there = labels != IGNORED
+    return there & ~labels.isnan() if labels.is_floating_point() else there
+
+
+def label_name(batch: Batch) -> str | None:
+    """The name under which the labels come; None for question answering and without labels."""
+    names = ("labels", "label", "label_ids")
+    return next((name for name in names if isinstance(batch.get(name), Tensor)), None)
+
+
+def labels_in(batch: Batch) -> Tensor:
+    name = label_name(batch)
+    if name is None:
+        raise no_labels(batch)
+    labels: Tensor = batch[name]
+    return labels
 
 
 def refuse_further_labels(batch: Batch) -> None:
@@ -16,17 +41,8 @@ def refuse_further_labels(batch: Batch) -> None:
     if further:
         raise ValueError(
             f"The data holds {', '.join(further)} besides its labels: a likelihood of several "
-            "heads is not known here. Leave them out, or pass log_likelihood= a function of "
-            "(model, batch) that returns log p(y|x) of each example."
+            f"heads is not known here. Leave them out, or {USE_LOG_LIKELIHOOD}."
         )
-
-
-def labels_in(batch: Batch) -> Tensor:
-    for name in ("labels", "label", "label_ids"):
-        if isinstance(batch.get(name), Tensor):
-            labels: Tensor = batch[name]
-            return labels
-    raise no_labels(batch)
 
 
 def require_labels(batch: Batch) -> None:
@@ -36,9 +52,22 @@ def require_labels(batch: Batch) -> None:
 
 
 def no_labels(batch: Batch) -> ValueError:
+    given = f"The data has no labels: a batch holds {', '.join(batch) or 'nothing'}."
+    if "return_loss" in batch or {"input_ids", "pixel_values"} <= batch.keys():
+        return ValueError(
+            f"{given} Needed are 'labels'. A contrast of images and texts, such as CLIP's, is a "
+            "softmax over the other examples of the batch, so that no example has a likelihood of "
+            "its own and the Fisher would depend on the batch. Estimate it on a classification "
+            "head, or state a likelihood, such as a softmax over fixed texts: "
+            f"{USE_LOG_LIKELIHOOD}."
+        )
     return ValueError(
-        f"The data has no labels: a batch holds {', '.join(batch) or 'nothing'}. The Fisher needs "
-        "'labels' to know which outputs count; for a language model use a collator that adds them. "
-        "A loss over pairs, such as DPO's, is no likelihood of labels: take data with labels, or "
-        "estimate_fisher with log_likelihood=."
+        f"{given} The Fisher needs 'labels' to know which outputs count; for a language model use "
+        "a collator that adds them. A loss over pairs, such as DPO's, is no likelihood of labels: "
+        f"take data with labels, or {USE_LOG_LIKELIHOOD}."
     )
+
+
+def shift_left(labels: Tensor) -> Tensor:
+    """Label t + 1 at position t, none at the last."""
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.choice import uniforms
-from hf_ewc.fisher.likelihood.distributions import Distribution
-from hf_ewc.fisher.likelihood.outputs import LabelReader
+from hf_ewc.fisher.likelihood.distribution import Distribution
+from hf_ewc.fisher.likelihood.reader import LabelReader
 
 # `auto` takes the exact expectation up to this many backward passes, and samples above.
 MAX_EXACT_PASSES = 9

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from transformers import EvalPrediction
 
-from hf_ewc.fisher.likelihood.outputs import shifts_labels
+from hf_ewc.fisher.likelihood.label_shift import shifts_labels
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.plan import Plan

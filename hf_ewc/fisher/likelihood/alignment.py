@@ -1,0 +1,103 @@
+"""Connectionist temporal classification: a sequence of labels, aligned with the frames anyhow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_ewc.fisher.labels import IGNORED
+from hf_ewc.fisher.likelihood.categorical import draw_classes
+from hf_ewc.fisher.likelihood.distribution import Distribution, Uniforms
+
+
+@dataclass(frozen=True)
+class Alignments(Distribution):
+    """p(y | x) = Σ over the paths that collapse to y of Π_t p_t (Graves et al. 2006).
+
+    A path names a class or the blank at each frame; repetitions are merged, then blanks dropped.
+
+    Args:
+        log_probabilities: (B, T, C) of the classes at each frame.
+        frames: (B,) how many frames of each example count.
+        labels: (B, S), −100 where there is none.
+        blank: the class that is no label.
+    """
+
+    log_probabilities: Tensor
+    frames: Tensor
+    labels: Tensor
+    blank: int
+
+    @property
+    def labelled(self) -> Tensor:
+        return (self.labels != IGNORED).any(1)
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_exact_passes(self) -> int:
+        return sys.maxsize
+
+    def empirical(self) -> Tensor:
+        return self._log_probabilities(self.labels).sum()
+
+    def sampled(self, uniforms: Uniforms) -> Tensor:
+        """A path drawn frame by frame, collapsed, is a draw from p(y | x)."""
+        log_p = self.log_probabilities.detach()
+        drawn = torch.full(log_p.shape[:2], IGNORED, device=log_p.device)
+        for n, count in enumerate(self.frames.tolist()):
+            path = draw_classes(log_p[n, :count], uniforms(count, n).to(log_p.device))
+            merged = torch.unique_consecutive(path)
+            kept = merged[merged != self.blank]
+            drawn[n, : len(kept)] = kept
+        return self._log_probabilities(drawn).sum()
+
+    def _log_probabilities(self, labels: Tensor) -> Tensor:
+        """(B,) log p(y_n | x_n); 0 for the examples without a label of their own."""
+        given = labels != IGNORED
+        losses = F.ctc_loss(
+            self.log_probabilities.transpose(0, 1),
+            labels[given],
+            self.frames,
+            given.sum(1),
+            blank=self.blank,
+            reduction="none",
+        )
+        return torch.where(self.labelled, -losses, 0.0)
+
+    def exact(self) -> Iterator[Tensor]:
+        raise ValueError(
+            "The expectation over all label sequences of a CTC head cannot be enumerated, so "
+            "fisher_type='exact' is not to be had; use 'sampled', which draws label sequences from "
+            "the model, 'empirical' or 'auto'."
+        )
+
+    def losses(self) -> list[Tensor]:
+        """Also the mean over examples of −log p divided by the number of labels."""
+        lengths = (self.labels != IGNORED).sum(1).clamp_min(1)
+        return [*super().losses(), (-self._log_probabilities(self.labels) / lengths).mean()]
+
+    def graph_output(self) -> Tensor:
+        return self.log_probabilities
+
+    def first_example(self) -> Alignments:
+        return replace(
+            self,
+            log_probabilities=self.log_probabilities[:1],
+            frames=self.frames[:1],
+            labels=self.labels[:1],
+        )
+
+    def without(self, padding: Tensor) -> Alignments:
+        return replace(self, labels=self.labels.masked_fill(padding.unsqueeze(1), IGNORED))

@@ -1,0 +1,85 @@
+"""Other labels in place of a batch's own, of the same kind, to see what a loss makes of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_ewc.fisher.labels import IGNORED, are_there
+
+# A class counts as possible above this probability; that of a masked class is 0.
+_POSSIBLE = 1e-6
+_FEW = 64
+
+
+def made_up(labels: Tensor, classes: Tensor | None, turn: int, *, holes: bool) -> Tensor:
+    """Labels of the same shape, dtype and kind, drawn by `turn`.
+
+    Args:
+        classes: what integer labels may be; None: what they are, or the values next to it.
+        holes: take out some labels of a sequence, as −100.
+    """
+    generator = torch.Generator().manual_seed(turn)
+    own = labels.detach().cpu()
+    if own.is_floating_point():
+        drawn = _like_floats(own, generator)
+    elif classes is None and sums_to_one(own):
+        drawn = _like_floats(own.float(), generator).to(own.dtype)
+    else:
+        drawn = _like_integers(own, None if classes is None else classes.cpu(), generator)
+        if holes and own.dim() > 1:
+            out = torch.rand(own.shape, generator=generator) < 0.2
+            drawn = drawn.masked_fill(out, IGNORED)
+    return drawn.to(labels.device)
+
+
+def possible_classes(logits: Tensor, axis: int) -> Tensor | None:
+    """The classes that have a probability somewhere, along `axis` of the logits, if any has."""
+    flat = logits.detach().movedim(axis, -1).flatten(0, -2).double()
+    found = (flat.softmax(-1).amax(0) > _POSSIBLE).nonzero().flatten()
+    return found if len(found) else None
+
+
+def filled(labels: Tensor) -> Tensor:
+    """Without missing labels: 0 in their place, since not every loss knows of them."""
+    return labels.masked_fill(~are_there(labels), 0)
+
+
+def _like_integers(labels: Tensor, classes: Tensor | None, generator: torch.Generator) -> Tensor:
+    there = (labels != IGNORED) & (labels >= 0)
+    own = labels[there].unique()
+    if classes is not None:
+        there = there & (labels <= int(classes.max()))
+    if classes is None or (len(own) > 1 and len(classes) > _FEW):
+        classes = own if len(own) != 1 else torch.cat([own, (own - 1).abs()])
+    count = int(there.sum())
+    drawn = labels.clone()
+    if count:
+        chosen = classes[torch.randint(len(classes), (count,), generator=generator)]
+        drawn[there] = chosen.to(labels.dtype)
+    return drawn
+
+
+def _like_floats(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Yes or no, one of several, shares of one, shares, or numbers, whichever the labels are."""
+    labels = filled(labels)
+    draws = torch.rand(labels.shape, generator=generator, dtype=labels.dtype)
+    binary = bool(((labels == 0) | (labels == 1)).all())
+    if sums_to_one(labels):
+        shares = (4 * draws).softmax(-1)
+        one = torch.nn.functional.one_hot(draws.argmax(-1), labels.shape[-1])
+        return one.to(labels.dtype) if binary else shares
+    if binary:
+        return (draws < 0.5).to(labels.dtype)
+    if bool(((labels >= 0) & (labels <= 1)).all()):
+        return draws
+    spread = float(labels.std()) if labels.numel() > 1 else 0.0
+    return labels.mean() + (draws - 0.5) * 2 * (spread or 1.0)
+
+
+def sums_to_one(values: Tensor) -> bool:
+    """Whether the last axis holds probabilities."""
+    if values.dim() == 0 or values.shape[-1] < 2 or not values.numel():
+        return False
+    sums = values.detach().double().sum(-1)
+    return bool((values >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

@@ -1,0 +1,134 @@
+"""The forward of a model with labels, true and made up, to see what its loss is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.labels import Batch, are_there, label_name
+from hf_ewc.fisher.likelihood.forward import Forward, Outputs
+from hf_ewc.fisher.likelihood.made_up_labels import filled, made_up, possible_classes
+from hf_ewc.fisher.likelihood.own_loss import Observation
+
+_SIDES = ("start", "end")
+
+
+def few_examples(batch: Batch) -> tuple[list[int], Batch]:
+    """The two examples with the most labels, and where they are; all where they hang together."""
+    labels = batch[label_name(batch) or "start_positions"]
+    size = labels.shape[0] if labels.dim() else 1
+    whole = ExampleBatch(batch, list(range(size)))
+    pair = whole.pair() if size > 2 and whole.divisible else None
+    return (whole.ids, batch) if pair is None else (pair.ids, pair.inputs)
+
+
+class Observer:
+    """Observes the loss of a model on one batch.
+
+    Args:
+        forward: runs the model.
+        batch: a few examples with labels.
+    """
+
+    def __init__(self, forward: Forward, batch: Batch) -> None:
+        self._forward = forward
+        self._batch = _in_wide_types(batch)
+        self._first: Outputs | None = None
+
+    @torch.no_grad()
+    def observe(self, turns: range) -> list[Observation]:
+        """On the true labels at turn 0, on made-up ones at any other; none where it fails."""
+        found = []
+        for turn in turns:
+            batch = self._batch if turn == 0 else self._relabelled(turn)
+            outputs = self._attempt(batch)
+            if outputs is None and turn == 0:
+                batch = self._batch = _as_numbers(self._batch)
+                outputs = self._attempt(batch)
+            if outputs is None:
+                break
+            if turn == 0 and self._is_dense(outputs) and _any_missing(batch):
+                batch = self._batch = _as_numbers(self._batch, keep_type=True)
+                outputs = self._forward.with_labels(batch)
+            self._first = self._first or outputs
+            loss = math.nan if outputs.loss is None else float(outputs.loss)
+            found.append(Observation(batch, outputs, loss))
+        return found
+
+    def _attempt(self, batch: Batch) -> Outputs | None:
+        """None where the model's loss does not take such labels."""
+        try:
+            return self._forward.with_labels(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return None
+
+    def _relabelled(self, turn: int) -> Batch:
+        name = label_name(self._batch)
+        if name is None:
+            return {**self._batch, **self._other_positions(turn)}
+        holes = self._forward.makes_decoder_inputs(self._batch)
+        labels = self._batch[name]
+        return {**self._batch, name: made_up(labels, self._classes(labels), turn, holes=holes)}
+
+    def _other_positions(self, turn: int) -> Batch:
+        found = {}
+        for i, side in enumerate(_SIDES):
+            name = f"{side}_positions"
+            scores = None if self._first is None else self._first.named(f"{side}_logits")
+            if scores is not None and name in self._batch:
+                classes = possible_classes(scores, -1)
+                found[name] = made_up(self._batch[name], classes, 2 * turn + i, holes=False)
+        return found
+
+    def _classes(self, labels: Tensor) -> Tensor | None:
+        """What the labels may be, where the shapes say that they are classes."""
+        logits = None if self._first is None else self._first.logits
+        if logits is None or labels.is_floating_point():
+            return None
+        if logits.dim() == 4 and labels.dim() == 3:
+            return possible_classes(logits, 1) if logits.shape[1] > 1 else torch.arange(2)
+        if labels.numel() == logits[..., 0].numel() and logits.shape[-1] > 1:
+            return possible_classes(logits, -1)
+        return None
+
+    def _is_dense(self, outputs: Outputs) -> bool:
+        name = label_name(self._batch)
+        if name is None or outputs.logits is None:
+            return False
+        return bool(outputs.logits.numel() == self._batch[name].numel())
+
+
+def _in_wide_types(batch: Batch) -> Batch:
+    """Labels as losses take them: int64, or floats without missing ones."""
+    found = dict(batch)
+    for name in ("labels", "label", "label_ids", "start_positions", "end_positions"):
+        labels = batch.get(name)
+        if isinstance(labels, Tensor):
+            found[name] = filled(labels) if labels.is_floating_point() else labels.long()
+    return found
+
+
+def _as_numbers(batch: Batch, *, keep_type: bool = False) -> Batch:
+    """Integer labels as yes or no: without missing ones, and as floats."""
+    name = label_name(batch)
+    if name is None:
+        return batch
+    labels = filled(batch[name])
+    return {**batch, name: labels if keep_type else labels.float()}
+
+
+def _any_missing(batch: Batch) -> bool:
+    name = label_name(batch)
+    return name is not None and not bool(are_there(batch[name]).all())
+
+
+def has_labels(batch: Batch) -> bool:
+    """Whether some label of the batch is there."""
+    names = ("labels", "label", "label_ids", "start_positions", "end_positions")
+    given = [batch[name] for name in names if isinstance(batch.get(name), Tensor)]
+    return any(bool(are_there(labels).any()) for labels in given)

@@ -1,0 +1,90 @@
+"""What a model's own loss says of its likelihood: the loss on some labels beside −log p of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ewc.fisher.labels import Batch
+from hf_ewc.fisher.likelihood.distribution import Distribution
+from hf_ewc.fisher.likelihood.forward import Outputs
+
+# Reads p(y | x) off outputs and the batch that they come from.
+Read = Callable[[Outputs, Batch], Distribution]
+
+# Largest relative difference between a loss and −log p that rounding explains.
+_ROUNDING = {torch.float64: 2e-5, torch.float32: 2e-5}
+_HALF_ROUNDING = 2e-2
+# Factors that losses carry: a square without its ½ has 2. Any other has to be seen to be constant,
+# on values of −log p that differ by this much more than rounding.
+_FACTORS = (1.0, 2.0, 0.5)
+_SPREAD = 50
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The model's loss on a batch, some of whose labels may be made up."""
+
+    batch: Batch
+    outputs: Outputs
+    loss: float
+
+
+def rounding(observations: Sequence[Observation]) -> float:
+    """How far a loss may be from −log p, relative to it, by the precision of the two."""
+    tensors = [
+        t for o in observations for t in (o.outputs.loss, *o.outputs.scores) if t is not None
+    ]
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    found = [_ROUNDING.get(tensor.dtype, _HALF_ROUNDING) for tensor in tensors]
+    return _HALF_ROUNDING if autocast else max(found, default=_HALF_ROUNDING)
+
+
+@torch.no_grad()
+def misfit(read: Read, observations: Sequence[Observation], tolerance: float) -> float:
+    """How far the losses are from a constant times −log p: the largest relative error; ≥ 0.
+
+    The constant may be the number of labels, of examples, or any other. A term that does not depend
+    on the labels, such as a router's auxiliary loss, is no difference either where the rest of the
+    loss is −log p as it stands: it takes three observations to see that.
+    """
+    losses = torch.tensor([o.loss for o in observations], dtype=torch.float64)
+    stated = zip(*(_stated(read, o) for o in observations), strict=True)
+    errors = [math.inf]
+    for row in stated:
+        values = torch.tensor(row, dtype=torch.float64)
+        if not values.isfinite().all():
+            continue
+        errors.append(_misfit(losses, values, tolerance))
+    return min(errors)
+
+
+def _stated(read: Read, observed: Observation) -> list[float]:
+    losses = read(observed.outputs, observed.batch).losses()
+    return [float(loss) for loss in losses]
+
+
+def _misfit(losses: Tensor, values: Tensor, tolerance: float) -> float:
+    scale = float(losses.abs().max())
+    if scale == 0.0:
+        return float(values.abs().max())
+    factors = [*_FACTORS]
+    if float(values.std(correction=0)) > _SPREAD * tolerance * float(values.abs().max()):
+        factors.append(float((losses @ values) / (values @ values).clamp_min(1e-300)))
+    errors = [float((losses - factor * values).abs().max()) / scale for factor in factors]
+    if min(errors) > tolerance and len(losses) > 2:
+        errors += _without_constant(losses, values, tolerance)
+    return min(errors)
+
+
+def _without_constant(losses: Tensor, values: Tensor, tolerance: float) -> list[float]:
+    """The same of differences between observations, where these are large enough to tell."""
+    losses, values = losses - losses.mean(), values - values.mean()
+    scale = float(losses.abs().max())
+    if scale < _SPREAD * tolerance * float(values.abs().max() + scale):
+        return []
+    return [float((losses - factor * values).abs().max()) / scale / 10 for factor in _FACTORS]

@@ -1,0 +1,101 @@
+"""Why a likelihood is not known, and what to do: the errors of `LabelReader`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc.fisher.labels import USE_LOG_LIKELIHOOD
+from hf_ewc.fisher.likelihood.own_loss import Observation
+from hf_ewc.fisher.likelihood.readings import Reading
+
+_PROBLEM_TYPES = (
+    "model.config.problem_type to 'single_label_classification' (a softmax over classes), "
+    "'multi_label_classification' (yes or no for each label) or 'regression'"
+)
+
+
+def no_logits(values: Any) -> ValueError:
+    names = list(values) if isinstance(values, Mapping) else [type(values).__name__]
+    if any("top_log_probs" in str(name) for name in names):
+        return ValueError(
+            "This head answers questions by a beam: the end is scored for the likeliest starts "
+            "alone, so that its outputs give no probability to every answer. Use a head with "
+            f"start_logits and end_logits, such as ...ForQuestionAnsweringSimple, or "
+            f"{USE_LOG_LIKELIHOOD}."
+        )
+    return ValueError(
+        f"The model returns no 'logits' (it returns {', '.join(map(str, names))}); "
+        f"{USE_LOG_LIKELIHOOD}."
+    )
+
+
+def no_head(logits: Tensor, labels: Tensor) -> ValueError:
+    return ValueError(
+        f"Logits of {_form(logits)} and labels of {_form(labels)} are no head that is known here; "
+        f"{USE_LOG_LIKELIHOOD}."
+    )
+
+
+def unclear(logits: Tensor, labels: Tensor) -> ValueError:
+    return ValueError(
+        f"Labels of {_form(labels)} for outputs of {_form(logits)} may mean regression or several "
+        "labels at once, or shares of classes, and the model has no loss that says which. Set "
+        f"{_PROBLEM_TYPES}, or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+def soft_labels(labels: Tensor) -> ValueError:
+    return ValueError(
+        f"The labels of {_form(labels)} are shares that sum to 1 in each row, as those of mixed "
+        "examples are, while the model's own loss takes each class for yes or no by itself, as "
+        f"transformers does where nothing is said. Set {_PROBLEM_TYPES}, or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+def probabilities() -> ValueError:
+    return ValueError(
+        "The model's 'logits' are probabilities, not negative and 1 in sum: a softmax of them is "
+        f"not what it predicts. Return the values before the softmax, or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+def shift_unknown(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"The loss of {type(model).__name__} is the same whether labels are shifted by one or not, "
+        "as where all outputs are equal, so that the likelihood is not known here. Estimate after "
+        f"some training, or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+def other_loss(
+    model: nn.Module,
+    observations: Sequence[Observation],
+    labels: Tensor,
+    candidates: Sequence[Reading],
+) -> ValueError:
+    """The model's loss is −log p of none of the `candidates`."""
+    first = observations[0]
+    tried = [f"{c.meaning} ({_stated(c, first)})" for c in candidates]
+    return ValueError(
+        f"The loss of {type(model).__name__}, {first.loss:.4g} for labels of {_form(labels)}, is "
+        f"not the cross-entropy of its logits, nor −log p of any likelihood that is known here: "
+        f"{', '.join(tried)}. So it is with weights of classes or tokens, label smoothing, margins "
+        "or a softmax inside the model, and with heads that return something else as logits. Set "
+        f"{_PROBLEM_TYPES} where the loss follows it, or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+@torch.no_grad()
+def _stated(reading: Reading, observed: Observation) -> str:
+    try:
+        return f"{float(reading.read(observed.outputs, observed.batch).losses()[0]):.4g}"
+    except (ValueError, RuntimeError):
+        return "does not fit"
+
+
+def _form(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)} and dtype {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,316 @@
+"""The likelihood that is assumed is that of the model's own loss, or is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import transformers as t
+from fisher_oracle import assert_close
+from torch import nn
+from torch.nn import functional as F
+
+from hf_ewc import estimate_fisher
+
+LABELS = torch.tensor([0, 2, 1, 0, 2, 2])
+EXAMPLES = len(LABELS)
+
+
+class Own(nn.Module):
+    """Two layers on 4 features, with a loss of the user's own."""
+
+    def __init__(self, outputs, loss=None, config=None, change=lambda logits: logits):
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, outputs)
+        self.head.bias.data.uniform_(-2, 2)
+        self.loss, self.change = loss, change
+        if config is not None:
+            self.config = t.PretrainedConfig(problem_type=config, num_labels=outputs)
+
+    def forward(self, x, labels=None):
+        logits = self.change(self.head(torch.tanh(self.hidden(x))))
+        if labels is None or self.loss is None:
+            return {"logits": logits}
+        return {"loss": self.loss(logits, labels), "logits": logits}
+
+
+def features(*shape):
+    return torch.randn(*shape, 4, generator=torch.Generator().manual_seed(1))
+
+
+def loop(model, batch, terms):
+    """(1/N) Σ_n Σ weight (∂ value)² in float64, `terms(logits, labels)` of one example."""
+    twin = copy.deepcopy(model).double().eval()
+    totals = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    counted = 0
+    for n, labels in enumerate(batch["labels"]):
+        inputs = {k: v[n : n + 1] for k, v in batch.items() if k != "labels"}
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        outputs = twin(**inputs)
+        found = list(terms(outputs["logits"][0], labels))
+        counted += bool(found)
+        for weight, value in found:
+            gradients = torch.autograd.grad(
+                value, list(twin.parameters()), retain_graph=True, allow_unused=True
+            )
+            for total, gradient in zip(totals.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += float(weight) * gradient**2
+    return {name: total / counted for name, total in totals.items()}
+
+
+def softmax(logits, label):
+    yield 1.0, logits.log_softmax(-1)[label]
+
+
+def softmax_expected(logits, _):
+    log_p = logits.log_softmax(-1)
+    return [(value.detach().exp(), value) for value in log_p]
+
+
+def yes_no(logits, labels):
+    logits, labels = logits.flatten(), labels.flatten().double()
+    there = (labels != -100) & ~labels.isnan()
+    if there.any():
+        y, p = labels[there], logits[there].sigmoid()
+        yield 1.0, (y * p.log() + (1 - y) * (1 - p).log()).sum()
+
+
+def yes_no_expected(logits, labels):
+    for logit, label in zip(logits.flatten(), labels.flatten().double(), strict=True):
+        if label != -100 and not label.isnan():
+            p = logit.sigmoid()
+            yield p.detach(), p.log()
+            yield 1 - p.detach(), (1 - p).log()
+
+
+def normal(means, labels):
+    means, labels = means.flatten(), labels.flatten().double()
+    there = (labels != -100) & ~labels.isnan()
+    if there.any():
+        yield 1.0, -0.5 * (labels[there] - means[there]).square().sum()
+
+
+def fisher(model, batch, fisher_type):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return estimate_fisher(model, [batch], fisher_type=fisher_type)
+
+
+def bce(logits, labels):
+    return F.binary_cross_entropy_with_logits(logits.reshape(labels.shape), labels.float())
+
+
+@pytest.mark.parametrize("labels", [LABELS.clamp(max=1), LABELS.clamp(max=1).float()[:, None]])
+@pytest.mark.parametrize("factor", [1.0, 7.0])
+def test_one_logit_with_a_binary_loss_is_no_regression(labels, factor):
+    model = Own(1, lambda logits, y: factor * bce(logits, y))
+    batch = {"x": features(EXAMPLES), "labels": labels}
+    assert_close(fisher(model, batch, "exact").diagonal, loop(model, batch, yes_no_expected))
+    assert_close(fisher(model, batch, "empirical").diagonal, loop(model, batch, yes_no))
+
+
+def test_one_logit_with_a_square_loss_is_a_regression_for_binary_labels_too():
+    model = Own(1, lambda logits, y: F.mse_loss(logits.squeeze(-1), y.float()))
+    batch = {"x": features(EXAMPLES), "labels": LABELS.clamp(max=1)}
+    assert_close(fisher(model, batch, "empirical").diagonal, loop(model, batch, normal))
+
+
+def test_without_a_loss_one_logit_for_binary_labels_is_not_guessed():
+    batch = {"x": features(EXAMPLES), "labels": LABELS.clamp(max=1)}
+    with pytest.raises(ValueError, match=r"problem_type.*log_likelihood"):
+        estimate_fisher(Own(1), [batch])
+    said = Own(1, config="multi_label_classification")
+    assert_close(fisher(said, batch, "exact").diagonal, loop(said, batch, yes_no_expected))
+
+
+def weighted(logits, labels):
+    return F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), weight=torch.tensor([0.2, 1.0, 3.0])
+    )
+
+
+def by_position(logits, labels):
+    weights = torch.linspace(0.5, 2.0, labels.numel())
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return (losses * weights).mean()
+
+
+def smoothed(logits, labels):
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1)
+
+
+def tempered(logits, labels):
+    return F.cross_entropy(3 * logits.flatten(0, -2), labels.flatten())
+
+
+def focal(logits, labels):
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+def margin(logits, labels):
+    return F.multi_margin_loss(logits.flatten(0, -2), labels.flatten())
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("loss", [weighted, by_position, smoothed, tempered, focal, margin])
+def test_another_loss_is_refused(loss, sequence):
+    shape = (EXAMPLES, 4) if sequence else (EXAMPLES,)
+    labels = (torch.arange(math.prod(shape)) * 7 // 2 % 3).view(shape)
+    with pytest.raises(ValueError, match=r"not the cross-entropy.*problem_type.*log_likelihood"):
+        estimate_fisher(Own(3, loss), [{"x": features(*shape), "labels": labels}])
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_class_weights_are_seen_where_the_pair_has_one_class(fresh):
+    model = Own(3, weighted)
+    if fresh:
+        model.head.weight.data.mul_(0.05)
+        model.head.bias.data.zero_()
+    labels = torch.zeros(EXAMPLES, dtype=torch.long)
+    with pytest.raises(ValueError, match="not the cross-entropy"):
+        estimate_fisher(model, [{"x": features(EXAMPLES), "labels": labels}])
+
+
+def summed(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def halved(logits, labels):
+    return 0.3 * F.cross_entropy(logits, labels)
+
+
+def with_a_term_of_its_own(logits, labels):
+    return F.cross_entropy(logits, labels) + 0.01 * logits.square().sum()
+
+
+@pytest.mark.parametrize("loss", [summed, halved, with_a_term_of_its_own])
+def test_factors_and_terms_without_labels_change_nothing(loss):
+    model = Own(3, loss)
+    batch = {"x": features(EXAMPLES), "labels": LABELS}
+    assert_close(fisher(model, batch, "exact").diagonal, loop(model, batch, softmax_expected))
+
+
+@pytest.mark.parametrize("loss", [None, lambda p, y: F.nll_loss(p.log(), y)])
+def test_probabilities_under_the_name_of_logits_are_refused(loss):
+    model = Own(3, loss, change=lambda logits: logits.softmax(-1))
+    with pytest.raises(ValueError, match=r"probabilities|softmax inside"):
+        estimate_fisher(model, [{"x": features(EXAMPLES), "labels": LABELS}])
+
+
+def test_log_probabilities_are_logits():
+    model = Own(3, F.nll_loss, change=lambda logits: logits.log_softmax(-1))
+    batch = {"x": features(EXAMPLES), "labels": LABELS}
+    assert_close(fisher(model, batch, "exact").diagonal, loop(model, batch, softmax_expected))
+
+
+HOLES = torch.tensor(
+    [[1.0, 0, -100], [-100, -100, -100], [0, 1, 1], [1, -100, 0], [-100, 0, 1], [1, 1, 1]]
+)
+SEVERAL = {"multi_label_classification": (bce, yes_no), "regression": (F.mse_loss, normal)}
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("missing", [-100.0, math.nan])
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_missing_labels_count_nothing(kind, missing, own_loss):
+    loss, terms = SEVERAL[kind]
+    model = Own(3, loss if own_loss else None, config=None if own_loss else kind)
+    labels = HOLES.masked_fill(HOLES == -100, missing)
+    batch = {"x": features(EXAMPLES), "labels": labels}
+    found = fisher(model, batch, "empirical")
+    assert found.num_examples == EXAMPLES - 1
+    assert_close(found.diagonal, loop(model, batch, terms))
+    if kind != "regression":
+        assert_close(fisher(model, batch, "exact").diagonal, loop(model, batch, yes_no_expected))
+    one = {"x": batch["x"][:1], "labels": labels[:1]}
+    drawn = estimate_fisher(model, [one], fisher_type="sampled").diagonal["head.bias"]
+    assert (drawn[:2] > 0).all()
+    assert drawn[2] == 0
+
+
+def test_integer_labels_of_several_classes_at_once():
+    labels = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, -100, 0]])
+    batch = {"x": features(EXAMPLES), "labels": labels}
+    for model in (Own(3, bce), Own(3, config="multi_label_classification")):
+        assert_close(fisher(model, batch, "exact").diagonal, loop(model, batch, yes_no_expected))
+        assert_close(fisher(model, batch, "empirical").diagonal, loop(model, batch, yes_no))
+    with pytest.raises(ValueError, match="problem_type"):
+        estimate_fisher(Own(3), [batch])
+
+
+def vit(**settings):
+    torch.manual_seed(0)
+    config = t.ViTConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, num_labels=3, **settings,
+    )  # fmt: skip
+    return t.ViTForImageClassification(config).eval()
+
+
+def mixed(logits, shares):
+    yield 1.0, (shares.double() * logits.log_softmax(-1)).sum()
+
+
+def test_mixed_labels():
+    shares = torch.rand(4, 3, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    own = Own(3, F.cross_entropy)
+    batch = {"x": features(4), "labels": shares}
+    assert_close(fisher(own, batch, "empirical").diagonal, loop(own, batch, mixed))
+    assert_close(fisher(own, batch, "exact").diagonal, loop(own, batch, softmax_expected))
+    images = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": shares}
+    with pytest.raises(ValueError, match=r"mixed.*problem_type"):
+        estimate_fisher(vit(), [images])
+    said = vit(problem_type="single_label_classification")
+    assert_close(fisher(said, images, "empirical").diagonal, loop(said, images, mixed))
+    said = vit(problem_type="multi_label_classification")
+    assert_close(fisher(said, images, "empirical").diagonal, loop(said, images, yes_no))
+
+
+@pytest.mark.parametrize("value", [-1e4, -math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("kinds", [(softmax, softmax_expected), (yes_no, yes_no_expected)])
+def test_classes_without_probability_count_and_cost_nothing(value, kinds):
+    """A head of 14 outputs with all but two masked is exact under `auto`, in one or two passes."""
+    masked = torch.ones(14, dtype=torch.bool)
+    masked[[3, 12]] = False
+    categorical = kinds[0] is softmax
+    loss = F.cross_entropy if categorical else None
+    model = Own(
+        14, loss, config="single_label_classification" if categorical else
+        "multi_label_classification", change=lambda logits: logits.masked_fill(masked, value),
+    )  # fmt: skip
+    small = Own(2)
+    small.hidden.load_state_dict(model.hidden.state_dict())
+    small.head.weight.data, small.head.bias.data = (
+        p.data[[3, 12]].clone() for p in (model.head.weight, model.head.bias)
+    )
+    labels = torch.tensor([3, 12, 3, 3])
+    own = torch.tensor([0, 1, 0, 0])
+    if not categorical:
+        labels, own = F.one_hot(labels, 14).float(), F.one_hot(own, 2).float()
+    passes = []
+    model.head.weight.register_hook(lambda gradient: passes.append(1))
+    found = estimate_fisher(model, [{"x": features(4), "labels": labels}])
+    assert found.fisher_type == "exact"
+    wanted = loop(small, {"x": features(4), "labels": own}, kinds[1])
+    for name, value_ in wanted.items():
+        actual = found.diagonal[name]
+        if name.startswith("head"):
+            assert actual[masked].abs().sum() == 0
+            actual = actual[~masked]
+        assert torch.allclose(actual.double(), value_, rtol=1e-4)
+
+
+def test_auto_does_not_depend_on_what_else_the_head_has():
+    for outputs in (3, 10, 30):
+        masked = torch.arange(outputs) > 2
+        model = Own(outputs, change=lambda logits, m=masked: logits.masked_fill(m, -1e4))
+        found = estimate_fisher(model, [{"x": features(EXAMPLES), "labels": LABELS}])
+        assert found.fisher_type == "exact"
+    whole = estimate_fisher(Own(30), [{"x": features(EXAMPLES), "labels": LABELS}])
+    assert whole.fisher_type == "sampled"
