@@ -12,6 +12,7 @@ from typing import Any
 from hf_ewc.parameters.selection import ALL_LINEAR, compiled_regex, is_regex, layer_lambdas
 
 MODES = ("online", "separate")
+SPACES = ("adapter", "weight")
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = 3.4e38
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
@@ -85,6 +86,16 @@ class EWCConfig:
             "Leave the parameters in these modules free; given as ewc_target_modules.", nargs="+"
         ),
     )
+    ewc_space: str = field(
+        default="adapter",
+        metadata=_help(
+            "What of a PEFT model is held: 'adapter', the adapter's own A and B, which is small "
+            "and means something only while the same adapter goes on; or 'weight', the weights "
+            "W = W0 + s B A, by the names of the model without an adapter, for any rank, further "
+            "adapters and full fine-tuning alike, at the memory of the weights under adapters.",
+            choices=SPACES,
+        ),
+    )
     ewc_state_dtype: str = field(
         default="float32",
         metadata=_help(
@@ -144,6 +155,7 @@ class EWCConfig:
             "ewc_keep_fraction", self.ewc_keep_fraction, low=0.0, high=1.0, open_low=True
         )
         _choice("ewc_mode", self.ewc_mode, MODES)
+        _choice("ewc_space", self.ewc_space, SPACES)
         _choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
         _choice("fisher_type", self.fisher_type, FISHER_CHOICES)
         self.ewc_layer_lambdas = _layer_lambdas(self.ewc_layer_lambdas)

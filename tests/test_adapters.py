@@ -177,8 +177,8 @@ def test_the_fisher_is_that_of_the_merged_model(name):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     frozen = {key: p.requires_grad for key, p in model.named_parameters()}
     weights = {k: w for k, w in weights_by_name(model).items() if isinstance(w, AdaptedWeight)}
-    with gradients_of_weights(weights):
-        inner = {id(w.layer.get_base_layer().weight): key for key, w in weights.items()}
+    with gradients_of_weights(weights) as own:
+        inner = {id(parameter): key for key, parameter in own.items()}
         names = {n: inner[id(p)] for n, p in model.named_parameters() if id(p) in inner}
         fisher = estimate_fisher(
             model, [rows(kind)], fisher_type="empirical", parameters=list(names), fallback="error"

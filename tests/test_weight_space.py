@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from models import MODELS
+from models import MODELS, Examples
 from peft import LoraConfig, get_peft_model
 from test_adapters import adapted, merged
+from training import GradientRecorder, arguments
 
-from hf_ewc import EWCState, Fisher
+from hf_ewc import EWCConfig, EWCState, EWCTrainer, Fisher
 from hf_ewc.parameters.adapters import AdaptedWeight, weights_by_name
 from hf_ewc.training.penalty import Penalty
 
@@ -117,3 +118,131 @@ def test_a_state_of_the_plain_model_fits_any_adapter_on_it():
         )
         state.check(model)
         assert Penalty(state, model, dict.fromkeys(state.importance, 1.0)).value() > 0
+
+
+# ---- In the Trainer ----
+
+
+def lora(model, seed=0, **settings):
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings}))
+
+
+def trainer_of(model, tmp_path, state=None, **changes):
+    config = EWCConfig(**{"ewc_lambda": 10.0, "ewc_space": "weight", **changes})
+    data = Examples("llama", 8)
+    options = dict(max_steps=3, learning_rate=0.05, optim="sgd", per_device_train_batch_size=8)
+    args = arguments(tmp_path, **options)
+    return EWCTrainer(
+        model=model, args=args, train_dataset=data, ewc_config=config, ewc_state=state
+    )
+
+
+def step_by_hand(model, state, batch, strength):
+    """The gradients of one step, from the model's own loss and W₀ + s B A in float64."""
+    model = copy.deepcopy(model).double()
+    loss = model(**batch).loss
+    for name, weight in weights_by_name(model).items():
+        if name in state.importance:
+            value = weight.current() if isinstance(weight, AdaptedWeight) else weight
+            difference = value - state.anchor[name].double()
+            loss = loss + 0.5 * strength * (state.importance[name] * difference**2).sum()
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_fresh_adapter_is_held_from_the_first_step(tmp_path, caplog):
+    model = lora(MODELS["llama"]())
+    trainer = trainer_of(model, tmp_path)
+    state = trainer.consolidate(name="pretraining")
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
+    assert list(state.importance) == names
+    assert all(state.importance[name].min() > 0 for name in names)
+    assert "fresh" not in caplog.text
+    before = {name: weights_by_name(model)[name].current().detach() for name in names}
+    torch.testing.assert_close(dict(state.anchor), before)
+    trainer.train()
+    assert trainer.ewc_penalty() > 0
+
+
+def test_in_the_space_of_the_adapter_a_fresh_one_is_said_to_protect_nothing(tmp_path, caplog):
+    trainer = trainer_of(lora(MODELS["llama"]()), tmp_path, ewc_space="adapter")
+    state = trainer.consolidate()
+    assert any("lora_A" in n and not state.importance[n].any() for n in state.importance)
+    assert "fresh" in caplog.text
+    assert "ewc_space='weight'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda model: lora(model, r=3),
+        lambda model: lora(model, use_dora=True, target_modules=["v_proj", "q_proj"]),
+        lambda model: lora(model, target_modules=["q_proj", "gate_proj", "embed_tokens"]),
+        lambda model: model,
+    ],
+    ids=["another rank", "DoRA", "more modules", "full fine-tuning"],
+)
+def test_a_step_under_a_state_of_full_fine_tuning(wrapped, tmp_path):
+    trainer = trainer_of(MODELS["llama"](), tmp_path / "full")
+    trainer.train()
+    state = trainer.consolidate()
+    model = wrapped(copy.deepcopy(trainer.model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    expected_model = copy.deepcopy(model)
+    recorder = GradientRecorder()
+    other = trainer_of(model, tmp_path / "lora", state)
+    other.add_callback(recorder)
+    batch = other.data_collator([Examples("llama", 8)[i] for i in range(8)])
+    other.train()
+    expected = step_by_hand(expected_model, state, batch, 10.0)
+    assert_close({name: recorder.steps[0][name] for name in expected}, expected)
+
+
+def test_a_state_goes_through_a_merged_adapter_to_the_next(tmp_path):
+    first = trainer_of(lora(MODELS["llama"]()), tmp_path / "1")
+    first.train()
+    state = first.consolidate(name="first")
+    plain = first.model.merge_and_unload()
+    second = trainer_of(lora(plain, seed=5, r=4), tmp_path / "2", state)
+    assert second.ewc_penalty() == pytest.approx(0.0, abs=1e-9)
+    second.train()
+    state = second.consolidate(name="second")
+    assert [task.name for task in state.tasks] == ["first", "second"]
+    full = trainer_of(second.model.merge_and_unload().requires_grad_(True), tmp_path / "3", state)
+    full.train()
+    assert full.ewc_penalty() > 0
+
+
+def test_a_second_adapter_beside_the_first_is_held(tmp_path):
+    model = lora(MODELS["llama"]())
+    first = trainer_of(model, tmp_path / "1")
+    first.train()
+    state = first.consolidate()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    second = trainer_of(model, tmp_path / "2", state)
+    assert second.ewc_penalty() == pytest.approx(0.0, abs=1e-9)
+    second.train()
+    assert second.ewc_penalty() > 0
+
+
+def test_a_state_of_another_space_is_refused_before_the_estimate(tmp_path):
+    model = lora(MODELS["llama"]())
+    first = trainer_of(model, tmp_path / "1", ewc_space="adapter")
+    first.train()
+    state = first.consolidate()
+    second = trainer_of(model, tmp_path / "2", state)
+    with pytest.raises(ValueError, match="Set ewc_space='adapter'"):
+        second.consolidate()
+
+
+def test_patterns_name_the_weights(tmp_path):
+    changes = dict(ewc_target_modules=["layers.0.self_attn"], ewc_layer_lambdas={"layers.0": 3.0})
+    trainer = trainer_of(lora(MODELS["llama"]()), tmp_path, **changes)
+    state = trainer.consolidate()
+    assert list(state.importance) == ["model.layers.0.self_attn.q_proj.weight"]
+    trainer.train()

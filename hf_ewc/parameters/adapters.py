@@ -159,13 +159,21 @@ def weights_named(
     Names that the model has as it is, adapters included, are those of its own parameters (the space
     of A and B); else they are names of the model without adapters (the space of W).
     """
-    own = parameters_by_name(model)
-    wanted = list(names)
-    if not has_adapters(model) or all(name in own for name in wanted):
-        return own
-    if any(_ADAPTER_PARTS.intersection(name.split(".")) for name in wanted):
-        return own
+    if space_of(names, model) == "adapter":
+        return parameters_by_name(model)
     return weights_by_name(model)
+
+
+def space_of(names: Iterable[str], model: nn.Module) -> str:
+    """What the names of a state mean in this model: "adapter" (A and B) or "weight" (W).
+
+    Both are one for a model without adapters, which is called "adapter".
+    """
+    own, wanted = parameters_by_name(model), list(names)
+    if not has_adapters(model) or all(name in own for name in wanted):
+        return "adapter"
+    named_as_wrapped = any(_ADAPTER_PARTS.intersection(name.split(".")) for name in wanted)
+    return "adapter" if named_as_wrapped else "weight"
 
 
 def placed_by_name(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
@@ -189,23 +197,37 @@ def value_of(weight: nn.Parameter | AdaptedWeight) -> Tensor:
 
 
 @contextmanager
-def gradients_of_weights(weights: Mapping[str, AdaptedWeight]) -> Iterator[None]:
+def gradients_of_weights(
+    weights: Mapping[str, nn.Parameter | AdaptedWeight],
+) -> Iterator[dict[str, nn.Parameter]]:
     """While active, the gradient of each W₀ is taken, and is that of W.
 
     ∂/∂W₀ = ∂/∂W where W = W₀ + Σ s B A. Where W is something else (DoRA), it takes the place of W₀,
     and its adapters are off; on leaving everything is as it was, to the bit.
+
+    Yields:
+        The parameters whose gradients these are, by the names of the weights.
 
     Raises:
         ValueError: W would have to take the place of a W₀ that is in shards.
     """
     with ExitStack() as stack:
         for weight in weights.values():
+            if not isinstance(weight, AdaptedWeight):
+                continue
             if weight.low_rank is None:
                 stack.enter_context(_in_place_of_base(weight))
             else:
                 stack.callback(weight.base.requires_grad_, weight.base.requires_grad)
                 weight.base.requires_grad_(True)
-        yield
+        yield {name: _stand_in(weight) for name, weight in weights.items()}
+
+
+def _stand_in(weight: nn.Parameter | AdaptedWeight) -> nn.Parameter:
+    if not isinstance(weight, AdaptedWeight):
+        return weight
+    parameter: nn.Parameter = weight.layer.get_base_layer().weight
+    return parameter
 
 
 @contextmanager
@@ -224,6 +246,28 @@ def _in_place_of_base(weight: AdaptedWeight) -> Iterator[None]:
     finally:
         inner.weight = weight.base
         layer._disable_adapters = disabled
+
+
+def fresh_adapters(model: nn.Module) -> list[str]:
+    """The layers whose adapters still are products with B = 0, where the gradient of A is 0."""
+    return [
+        name
+        for name, weight in _adapted(base_model(model))
+        if weight.low_rank and not any(_is_nonzero(share.b) for share in weight.low_rank)
+    ]
+
+
+def _is_nonzero(factor: Tensor) -> bool:
+    return bool(sharding.whole_values(factor).any())
+
+
+def plain_module(name: str) -> str:
+    """The name of a module without adapters; "base_model.model.x.base_layer" is "x"."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    if "modules_to_save" in parts:
+        i = parts.index("modules_to_save")
+        del parts[i : i + 2]
+    return ".".join(part for part in parts if part != "base_layer")
 
 
 def has_adapters(model: nn.Module) -> bool:

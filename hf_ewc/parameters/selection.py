@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
+from hf_ewc.parameters.adapters import plain_module, weights_by_name
 from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name, unwrap
 
 ALL_LINEAR = "all-linear"
@@ -23,6 +24,7 @@ def select_parameters(
     target_modules: Sequence[str] | str | None = None,
     exclude_modules: Sequence[str] | str | None = None,
     trainable_only: bool = True,
+    space: str = "adapter",
 ) -> list[str]:
     """Names of the parameters inside the modules that the patterns select.
 
@@ -36,11 +38,13 @@ def select_parameters(
         target_modules: what to take; None takes every parameter.
         exclude_modules: what to leave out of that; None leaves out nothing.
         trainable_only: take parameters that require a gradient only.
+        space: "weight" takes the weights of a model with adapters, by the names that they have
+            without, for its parameters; trainable is what an adapter changes.
 
     Raises:
         ValueError: an entry matches nothing, a regular expression is invalid, nothing is left.
     """
-    every = parameters_by_name(model)
+    every = weights_by_name(model) if space == "weight" else parameters_by_name(model)
     trainable = [name for name, p in every.items() if p.requires_grad or not trainable_only]
     if not trainable:
         raise ValueError(
@@ -89,7 +93,7 @@ def _matched(
     field: str, patterns: Sequence[str] | str, model: nn.Module, names: list[str], what: str
 ) -> set[str]:
     if isinstance(patterns, str) and patterns.lower() == ALL_LINEAR:
-        linear = _linear_modules(model)
+        linear = {name for own in _linear_modules(model) for name in (own, plain_module(own))}
         return {name for name in names if _any_level(name, linear.__contains__)}
     return names_in(patterns, names, field, class_name(model), what)
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.parameters.adapters import space_of
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training import deepspeed
@@ -79,5 +80,6 @@ class ActivePenalty:
         patterns = config.ewc_target_modules, config.ewc_exclude_modules
         if not any(patterns):
             return strengths
-        chosen = set(select_parameters(self._model, *patterns, trainable_only=False))
+        space = space_of(state.importance, self._model)
+        chosen = set(select_parameters(self._model, *patterns, trainable_only=False, space=space))
         return {name: value if name in chosen else 0.0 for name, value in strengths.items()}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,7 +16,16 @@ from transformers import Trainer
 from hf_ewc.config import EWCConfig
 from hf_ewc.fisher import estimate_fisher
 from hf_ewc.importance import Fisher
+from hf_ewc.parameters.adapters import (
+    fresh_adapters,
+    gradients_of_weights,
+    has_adapters,
+    weights_by_name,
+)
+from hf_ewc.parameters.names import parameters_by_name
 from hf_ewc.parameters.selection import select_parameters
+
+logger = logging.getLogger("hf_ewc")
 
 
 def fisher_of(trainer: Trainer, model: nn.Module, dataset: Any, config: EWCConfig) -> Fisher:
@@ -25,7 +38,10 @@ def fisher_of(trainer: Trainer, model: nn.Module, dataset: Any, config: EWCConfi
         ValueError: there is no data, or none with labels, or a pattern selects nothing.
     """
     data, collator = _examples(trainer, dataset, config.fisher_batch_size)
-    return estimate_fisher(
+    patterns = config.ewc_target_modules, config.ewc_exclude_modules
+    names = select_parameters(model, *patterns, space=config.ewc_space)
+    estimate = partial(
+        estimate_fisher,
         model,
         data,
         data_collator=collator,
@@ -35,9 +51,37 @@ def fisher_of(trainer: Trainer, model: nn.Module, dataset: Any, config: EWCConfi
         batch_size=config.fisher_batch_size,
         stratified=config.fisher_stratified,
         seed=config.fisher_seed,
-        parameters=select_parameters(model, config.ewc_target_modules, config.ewc_exclude_modules),
         accelerator=trainer.accelerator,
     )
+    if not has_adapters(model):
+        return estimate(parameters=names)
+    if config.ewc_space == "weight":
+        return _of_weights(model, names, estimate)
+    _warn_if_fresh(trainer, model)
+    return estimate(parameters=names)
+
+
+def _of_weights(model: nn.Module, names: list[str], estimate: Callable[..., Fisher]) -> Fisher:
+    """The Fisher of W = W₀ + s B A, by the names of the model without adapters."""
+    weights = weights_by_name(model)
+    with gradients_of_weights({name: weights[name] for name in names}) as own:
+        plain = {id(parameter): name for name, parameter in own.items()}
+        found = {n: plain[id(p)] for n, p in parameters_by_name(model).items() if id(p) in plain}
+        fisher = estimate(parameters=list(found))
+    return replace(fisher, diagonal={found[n]: value for n, value in fisher.diagonal.items()})
+
+
+def _warn_if_fresh(trainer: Trainer, model: nn.Module) -> None:
+    fresh = fresh_adapters(model)
+    if fresh and trainer.is_world_process_zero():
+        logger.warning(
+            "The adapters of %d layers (%s) are fresh: where B = 0 the Fisher of A is 0, so "
+            "this protects next to nothing of what the model could do before. Set "
+            "ewc_space='weight', which holds the weights W0 + s B A themselves, or consolidate "
+            "after the adapter has been trained.",
+            len(fresh),
+            ", ".join(fresh[:2]) + (", …" if len(fresh) > 2 else ""),
+        )
 
 
 def _examples(trainer: Trainer, dataset: Any, batch_size: int) -> tuple[Any, Any]:

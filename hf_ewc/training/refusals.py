@@ -1,10 +1,14 @@
-"""Training set-ups in which no penalty can be added once per optimizer step."""
+"""Set-ups in which EWC cannot be exact, or a state cannot go on."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
+
+from hf_ewc.parameters.adapters import has_adapters, space_of
+from hf_ewc.state.ewc_state import EWCState
 
 
 def check_supported(trainer: Trainer) -> None:
@@ -79,3 +83,21 @@ def _packing_reasons(trainer: Trainer) -> list[str]:
             "saved state: EWCState.from_pretrained(folder).pack(keep_fraction=...)."
         ]
     return []
+
+
+def check_space(state: EWCState, model: nn.Module, space: str) -> None:
+    """Refuse to add a task to a state that holds another space than the configuration asks for.
+
+    Raises:
+        ValueError: the state holds the parameters of an adapter and `ewc_space` is "weight", or it
+            holds weights of the model and `ewc_space` is "adapter".
+    """
+    if not state or not has_adapters(model):
+        return
+    there = space_of(state.importance, model)
+    if there != space:
+        what = {"adapter": "the adapter's own A and B", "weight": "the model's weights W0 + s B A"}
+        raise ValueError(
+            f"ewc_space is {space!r}; the state holds {what[there]}, under names like "
+            f"{next(iter(state.importance))!r}. Set ewc_space={there!r}, or begin a new state."
+        )

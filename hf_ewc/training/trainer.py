@@ -20,7 +20,7 @@ from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.converted_weights import load_converted
 from hf_ewc.training.estimation import fisher_of
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
-from hf_ewc.training.refusals import check_supported
+from hf_ewc.training.refusals import check_space, check_supported
 
 logger = logging.getLogger("hf_ewc")
 
@@ -148,6 +148,7 @@ class EWCMixin(_Base):
             TypeError: `dataset` is no data set.
         """
         config = self.ewc_config
+        check_space(self._ewc_state, self._ewc_model, config.ewc_space)
         fisher = fisher_of(
             self, self._ewc_model, self.train_dataset if dataset is None else dataset, config
         )
@@ -262,7 +263,7 @@ class EWCMixin(_Base):
         config, state = self.ewc_config, self._ewc_state
         patterns = config.ewc_target_modules, config.ewc_exclude_modules
         if any(patterns) or config.ewc_layer_lambdas:
-            names = select_parameters(self._ewc_model, *patterns)
+            names = select_parameters(self._ewc_model, *patterns, space=config.ewc_space)
             config.lambdas(state.importance or names)
 
     def _ewc_bound(self) -> ActivePenalty:
