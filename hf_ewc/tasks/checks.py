@@ -8,9 +8,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.scenario import SCENARIOS, labels_of
-from hf_ewc.tasks.task import Metrics, Task
+from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
 
 LONGEST_NAME = 200  # file systems take 255 bytes, of which the number of the task needs some
 
@@ -134,12 +135,14 @@ def check_types(tasks: Any, args: Any, config: Any) -> None:
         raise TypeError(f"ewc_config must be an EWCConfig or None, got {type(config).__name__}.")
 
 
-def check_score(task: Task, compute_metrics: Metrics | None) -> None:
+def check_score(task: Task, compute_metrics: Metrics | str | Sequence[str] | None) -> None:
     """Refuse a task whose score cannot be had, before it is trained: a `ValueError`."""
     if task.eval_dataset is None:
         raise ValueError(f"task {task.name!r} has no eval_dataset, on which its score is measured.")
-    if compute_metrics is None and task.metric not in ("accuracy", "loss"):
+    if compute_metrics is not None and not callable(compute_metrics):
+        NamedMetrics(compute_metrics)
+    if compute_metrics is None and task.metric not in ("accuracy", *LOWER_IS_BETTER):
         raise ValueError(
             f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
-            "'accuracy' and 'loss'."
+            "'accuracy' and 'loss' ('perplexity' for language models)."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,13 +15,26 @@ from transformers import EvalPrediction
 from hf_ewc.fisher.likelihood.label_shift import shifts_labels
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.tasks.label_space import LabelSpace
+from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.plan import Plan
-from hf_ewc.tasks.task import Metrics, Task
+from hf_ewc.tasks.task import Figures, Metrics, Task
+
+logger = logging.getLogger("hf_ewc")
+
+# What a Trainer adds to the metrics about itself; its figures of memory begin with `mem_`.
+_TIMINGS = {
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "tokens_per_second",
+    "model_preparation_time",
+    "jit_compilation_time",
+}
 
 
 def evaluate(
     trainer: Any, tasks: Sequence[Task], plan: Plan, space: LabelSpace
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Figures]:
     """The metrics by task, each on its own evaluation data, with its own classes and collator.
 
     The trainer's collator and metrics are exchanged for each task's, and put back at the end.
@@ -33,30 +48,81 @@ def evaluate(
             prefix = f"eval_{task.name}"
             with space.of(task):
                 metrics = trainer.evaluate(task.eval_dataset, metric_key_prefix=prefix)
-            found[task.name] = numbers(metrics, prefix)
+            found[task.name] = with_perplexity(figures_of(metrics, prefix), task, trainer.model)
     finally:
         trainer.data_collator, trainer.compute_metrics = own
     return found
 
 
-def numbers(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The entries `prefix_…` that are single numbers and no timings, without the prefix."""
-    return {
-        key.removeprefix(f"{prefix}_"): float(value)
+def figures_of(metrics: Mapping[str, Any], prefix: str) -> Figures:
+    """The entries `prefix_…` that are single numbers and no timings, without the prefix.
+
+    What is no finite number, as the perplexity of a run that diverged or an int beyond the floats,
+    is None.
+    """
+    begin = f"{prefix}_"
+    found = {
+        key.removeprefix(begin): _single(value)
         for key, value in metrics.items()
-        if key.startswith(prefix)
-        and not key.endswith(("_runtime", "_per_second"))
-        and np.ndim(value) == 0
-        and isinstance(value, (int, float, np.number))
+        if key.startswith(begin)
+    }
+    return {
+        key: _finite(value)
+        for key, value in found.items()
+        if key not in _TIMINGS and not key.startswith("mem_") and value is not None
     }
 
 
+def _single(value: Any) -> float | int | None:
+    """A number, also out of an array or a tensor of no axes; None where it is something else."""
+    if hasattr(value, "item") and np.ndim(value) == 0:
+        value = value.item()
+    return value if isinstance(value, (int, float)) else None
+
+
+def _finite(value: float) -> float | None:
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def with_perplexity(figures: Figures, task: Task, model: nn.Module) -> Figures:
+    """Beside the loss of a language model, or where it is the score: exp(loss), per token."""
+    loss = figures.get("loss")
+    asked = task.metric == "perplexity" or bool(shifts_labels(unwrap(model)))
+    if "perplexity" in figures or "loss" not in figures or not asked:
+        return figures
+    return {**figures, "perplexity": None if loss is None or loss > 700 else math.exp(loss)}
+
+
+def warn_of_lost(found: Mapping[str, Figures], earlier: Sequence[Mapping[str, Figures]]) -> None:
+    """Say once which figures are None; those that were so after an earlier task were said."""
+    lost = [
+        f"{name} on {task!r}"
+        for task, figures in found.items()
+        for name, value in figures.items()
+        if value is None and not any(row.get(task, {}).get(name, 0) is None for row in earlier)
+    ]
+    if lost:
+        logger.warning(
+            "Evaluation gave no finite number for %s; the results keep null.", ", ".join(lost)
+        )
+
+
 def metrics_of(task: Task, plan: Plan, model: nn.Module) -> Metrics | None:
-    """The function for the task's metrics: its own, the run's, or accuracy where that is asked."""
+    """The function for the task's metrics: its own, the run's, or accuracy where that is asked.
+
+    Metrics given by name come beside the accuracy that is the score.
+    """
     given = task.compute_metrics or plan.compute_metrics
-    if given is not None or task.metric != "accuracy":
-        return given
-    return partial(accuracy, shifted=bool(shifts_labels(unwrap(model))))
+    is_named = given is not None and not callable(given)
+    shifted = bool(shifts_labels(unwrap(model))) if given is None or is_named else False
+    default = partial(accuracy, shifted=shifted) if task.metric == "accuracy" else None
+    if given is None or callable(given):
+        return given or default
+    return NamedMetrics(given, shifted, beside=default)
 
 
 def accuracy(prediction: EvalPrediction, shifted: bool = False) -> dict[str, float]:

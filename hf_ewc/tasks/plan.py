@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class Plan:
     config: EWCConfig | None
     trainer_class: type[Any]
     data_collator: Callable[..., Any] | None
-    compute_metrics: Metrics | None
+    compute_metrics: Metrics | str | Sequence[str] | None
     mask_training: bool
     evaluate_unseen: bool
     scenario: str

@@ -9,14 +9,15 @@ from torch import nn
 
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.parameters.names import class_name
-from hf_ewc.report import read_results, write_report, write_results
+from hf_ewc.report import Outcome, read_results, write_report, write_results
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.same_run import check_same_run, settings_of
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL
+from hf_ewc.tasks.task import Figures
 
-Scores = list[dict[str, dict[str, float]]]
+Scores = list[dict[str, Figures]]
 
 
 class Record:
@@ -58,14 +59,14 @@ class Record:
 
     def begin(self, model: nn.Module) -> None:
         """Write that nothing is learnt yet."""
-        runs = {self.plan.method: [self.matrix]}
+        runs = {self.plan.method: {self.plan.args.seed: Outcome(self.matrix)}}
         write_results(self.folder.results, runs, self._details(model))
 
     def write(self, model: nn.Module) -> None:
         """Write results.json, then the report; if that fails, it is a warning."""
         write_report(
             self.folder.path,
-            {self.plan.method: [self.matrix]},
+            {self.plan.method: {self.plan.args.seed: Outcome(self.matrix)}},
             title="Continual learning",
             notes=self._notes(model),
             details=self._details(model),

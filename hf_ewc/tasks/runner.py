@@ -24,7 +24,7 @@ from hf_ewc.tasks.checks import (
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
-from hf_ewc.tasks.task import Metrics, Task
+from hf_ewc.tasks.task import LOWER_IS_BETTER, Figures, Metrics, Task
 from hf_ewc.tasks.task_run import TaskRun
 from hf_ewc.training.trainer import EWCTrainer
 
@@ -45,7 +45,7 @@ class TaskResults:
     """
 
     matrix: AccuracyMatrix
-    metrics: list[dict[str, dict[str, float]]]
+    metrics: list[dict[str, Figures]]
     output_dir: Path
     model: nn.Module
     state: EWCState | None = None
@@ -61,7 +61,7 @@ def run_tasks(
     trainer_class: type[Any] = EWCTrainer,
     ewc_state: EWCState | str | None = None,
     data_collator: Callable[..., Any] | None = None,
-    compute_metrics: Metrics | None = None,
+    compute_metrics: Metrics | str | Sequence[str] | None = None,
     mask_training: bool = True,
     evaluate_unseen: bool = False,
     joint: Sequence[float] | Mapping[str, float] | None = None,
@@ -89,7 +89,7 @@ def run_tasks(
         ewc_state: what protects the model already during the first task.
         data_collator: for the tasks that have none.
         compute_metrics: for the tasks that have none; the default is accuracy, labels of -100 left
-            out.
+            out. A name or names that `evaluate.load` knows will do.
         mask_training: whether training and Fisher, too, see only the task's own classes.
         evaluate_unseen: score the tasks to come as well, and the untrained model, which forward
             transfer needs.
@@ -132,7 +132,9 @@ def run_tasks(
     matrix = AccuracyMatrix(
         [task.name for task in tasks],
         joint=joint,
-        lower_is_better={task.name: "loss" for task in tasks if task.metric == "loss"},
+        lower_is_better={
+            task.name: task.metric for task in tasks if task.metric in LOWER_IS_BETTER
+        },
     )
     run = TaskRun(plan, model, state, matrix)
     if plan.scenario == "class":

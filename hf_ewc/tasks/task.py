@@ -9,6 +9,9 @@ from typing import Any
 from transformers import EvalPrediction
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
+# What evaluation gave, by name; None where that was no finite number.
+Figures = dict[str, float | None]
+LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class Task:
             otherwise. Tasks with disjoint classes have heads of their own, since another task's
             rows of the head then get no gradient.
         data_collator: instead of the runner's.
-        compute_metrics: instead of the runner's.
-        metric: which entry of the metrics is the score; more is better, but for "loss", which is
-            taken with the other sign.
+        compute_metrics: instead of the runner's: a function, or a name or names that
+            `evaluate.load` knows, whose figures come beside the accuracy.
+        metric: which entry of the metrics is the score; more is better, but for "loss" and
+            "perplexity" (of a language model, per token), which are taken with the other sign.
     """
 
     name: str
@@ -34,15 +38,20 @@ class Task:
     eval_dataset: Any
     classes: Sequence[int] | None = None
     data_collator: Callable[..., Any] | None = None
-    compute_metrics: Metrics | None = None
+    compute_metrics: Metrics | str | Sequence[str] | None = None
     metric: str = "accuracy"
 
 
-def score_of(task: Task, metrics: Mapping[str, float]) -> float:
-    """The task's score, of which more is better; a `ValueError` where evaluation lacks it."""
+def score_of(task: Task, metrics: Mapping[str, float | None]) -> float | None:
+    """The task's score, of which more is better; None where it was no finite number.
+
+    Raises:
+        ValueError: evaluation returned no such metric.
+    """
     if task.metric not in metrics:
         raise ValueError(
             f"task {task.name!r} is scored by {task.metric!r}; evaluation returned "
             f"{sorted(metrics)}. Set the task's metric to one of these, or its compute_metrics."
         )
-    return -metrics["loss"] if task.metric == "loss" else metrics[task.metric]
+    score = metrics[task.metric]
+    return -score if score is not None and task.metric in LOWER_IS_BETTER else score

@@ -21,7 +21,7 @@ from hf_ewc.parameters.sharding import is_dtensor
 from hf_ewc.processes import check_launch
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.blueprint import Blueprint
-from hf_ewc.tasks.evaluation import evaluate, metrics_of
+from hf_ewc.tasks.evaluation import evaluate, metrics_of, warn_of_lost
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.history import history_of
 from hf_ewc.tasks.label_space import LabelSpace
@@ -139,14 +139,18 @@ class TaskRun:
         tasks = self.plan.tasks
         seen = tasks if self.plan.evaluate_unseen else tasks[: index + 1]
         scores = evaluate(trainer, seen, self.plan, self.space)
+        if is_main():
+            warn_of_lost(scores, self.record.metrics)
         for other in seen:
-            self.record.matrix[index, other.name] = score_of(other, scores[other.name])
+            score = score_of(other, scores[other.name])
+            if score is not None:
+                self.record.matrix[index, other.name] = score
         self.record.metrics.append(scores)
 
     def _score_untrained(self, trainer: Any) -> None:
         scores = evaluate(trainer, self.plan.tasks, self.plan, self.space)
         baseline = [score_of(task, scores[task.name]) for task in self.plan.tasks]
-        self.record.matrix.baseline = np.array(baseline)
+        self.record.matrix.baseline = np.array(baseline, dtype=np.float64)  # None becomes NaN
 
     def _trainer(self, index: int) -> Any:
         plan, task = self.plan, self.plan.tasks[index]
