@@ -17,6 +17,7 @@ from hf_ewc.fisher.examples.batch import Collator
 from hf_ewc.fisher.examples.sources import Selection, source_of
 from hf_ewc.fisher.passes import LogLikelihood, Passes, Plan
 from hf_ewc.fisher.processes import Processes
+from hf_ewc.fisher.proofs import Proofs, proofs_of
 from hf_ewc.fisher.replicas import Replicas
 from hf_ewc.fisher.sharded.in_step import InStep, is_sharded
 from hf_ewc.fisher.untouched import preserved_random_states, untouched
@@ -119,7 +120,9 @@ def _estimation(
     ways = (InStep if sharded else Replicas)(model, selected, processes, one_by_one=one_by_one)
     passes = Passes(model, plan, never_none=sharded)
     speaks = processes.rank == 0
-    return Estimation(ways, passes, plan, len(selected), type(model).__name__, speaks)
+    remembered = plan.log_likelihood is None
+    proofs = proofs_of(model, selected) if remembered else Proofs()
+    return Estimation(ways, passes, plan, model, proofs, speaks)
 
 
 def _progress_bar(total: int | None, processes: Processes) -> functools.partial[Any]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from hf_ewc.fisher.engine.protocol import Objectives, UncoveredUse
-from hf_ewc.fisher.engine.verification import Comparison
+from hf_ewc.fisher.engine.protocol import UncoveredUse
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.sources import Source
 from hf_ewc.fisher.labels import require_labels
 from hf_ewc.fisher.passes import Passes, Plan
+from hf_ewc.fisher.proofs import Mixed, Proofs
 
-# The batches, counted from 0, at which parameters without a gradient so far are looked at again.
-_LATER_PROOFS = (1, 3, 7)
 # Shows how far the batches have come.
 ProgressBar = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -27,23 +28,28 @@ class Ways(Protocol):
     """The ways in which the processes at hand can run a batch.
 
     `None` in place of a batch is for a process that has no more while others do.
+    `alone_may_help` says whether examples can be run alone where a forward fails on several.
     """
+
+    alone_may_help: bool
 
     def running(self) -> AbstractContextManager[None]:
         """Around everything that runs the model."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around what one process may refuse: the others hear of it where they wait for it."""
 
     def first(self, source: Source) -> ExampleBatch | None:
         """The batch with the very first example, where "auto" needs one that all have."""
 
     def batches(self, source: Source) -> Iterator[ExampleBatch | None]: ...
 
-    def pair(self, batch: ExampleBatch | None) -> ExampleBatch | None:
-        """Two examples to compare the fast way and the slow one on; None if there are none."""
+    def run_fast(self, batch: ExampleBatch | None, passes: Passes, proofs: Proofs) -> None:
+        """All examples in one backward, proved where that is due.
 
-    def compare(self, pair: ExampleBatch, objectives: Objectives) -> Comparison: ...
-
-    def run_fast(self, batch: ExampleBatch | None, passes: Passes) -> None:
-        """All examples in one backward; raises `UncoveredUse`, with nothing added."""
+        Raises:
+            UncoveredUse, Mixed: with nothing added.
+        """
 
     def run_slow(self, batch: ExampleBatch | None, passes: Passes) -> None:
         """By a way that takes any model."""
@@ -59,8 +65,8 @@ class Estimation:
         ways: how the processes at hand run a batch.
         passes: the objectives of a batch.
         plan: how the Fisher is to be taken.
-        num_parameters: how many there are to prove.
-        model_name: for messages.
+        model: the unwrapped one.
+        proofs: what has been proved of it.
         speaks: whether warnings are this process's to give.
     """
 
@@ -69,20 +75,20 @@ class Estimation:
         ways: Ways,
         passes: Passes,
         plan: Plan,
-        num_parameters: int,
-        model_name: str,
+        model: nn.Module,
+        proofs: Proofs,
         speaks: bool,
     ) -> None:
         self.slow_because: str | None = None
         self._ways = ways
         self._passes = passes
         self._plan = plan
-        self._num_parameters = num_parameters
-        self._model_name = model_name
+        self._model = model
+        self._model_name = type(model).__name__
+        self._proofs = proofs
         self._speaks = speaks
         self._fast = plan.fisher_type != "batched"
-        self._seen = 0
-        self._proved: set[str] = set()
+        self._said_apart = False
 
     @property
     def num_examples(self) -> int:
@@ -106,50 +112,69 @@ class Estimation:
                 self._add(batch)
 
     def _add(self, batch: ExampleBatch | None) -> None:
-        if batch is not None and self._plan.log_likelihood is None:
-            require_labels(batch.inputs)
-        if self._proof_is_due():
-            self._prove(batch)
-        self._seen += 1
+        with self._ways.together():
+            self._inspect(batch)
         if self._fast:
             try:
-                with self._passes.counted_if_done():
-                    self._ways.run_fast(batch, self._passes)
+                with self._passes.counted_if_done(), self._explained(batch):
+                    self._ways.run_fast(batch, self._passes, self._proofs)
                 return
-            except (UncoveredUse, CheckpointError) as error:
-                self._fall_back(_reason(error))
-        self._ways.run_slow(batch, self._passes)
+            except (UncoveredUse, CheckpointError, Mixed, ForwardFailed) as error:
+                self._fall_back(self._reason(error))
+        with self._explained(batch):
+            self._ways.run_slow(batch, self._passes)
 
-    def _proof_is_due(self) -> bool:
-        """At the first batch with labels; thrice again for parameters that had no gradient there.
-
-        So it is with experts that got no token.
-        """
-        if not self._fast:
-            return False
-        return not self._proved or (
-            self._seen in _LATER_PROOFS and len(self._proved) < self._num_parameters
-        )
-
-    def _prove(self, batch: ExampleBatch | None) -> None:
-        pair = self._ways.pair(batch)
-        if pair is None:
-            return
+    @contextlib.contextmanager
+    def _explained(self, batch: ExampleBatch | None) -> Iterator[None]:
+        """Errors of the model's own forward, with what to do."""
         try:
-            with self._passes.uncounted():
-                found = self._ways.compare(pair, self._passes)
-        except (UncoveredUse, CheckpointError) as error:
-            self._fall_back(_reason(error))
-            return
-        if found.wrong and self._proved:
+            yield
+        except (UncoveredUse, CheckpointError, Mixed, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if batch is None or not raised_in(self._model, error):
+                raise
+            raise ForwardFailed(batch, error) from error
+
+    def _reason(self, error: Exception) -> str:
+        """Why the fast way is left; raises where the slow one does not help."""
+        if isinstance(error, CheckpointError):
+            return "a checkpoint of the model's own runs its forward again out of sight"
+        if isinstance(error, ForwardFailed):
+            if len(error.batch) == 1 or not self._ways.alone_may_help:
+                raise error
+            return f"its forward fails on several examples at once ({error.short})"
+        if not isinstance(error, Mixed):
+            return f"these parameters are used in ways it does not cover: {error}"
+        if error.earlier:
             raise ValueError(
                 f"The one-backward Fisher of {self._model_name} differs from single "
-                f"examples in {', '.join(found.wrong[:5])}, which the first batches did not "
+                f"examples in {', '.join(error.earlier[:5])}, which the first batches did not "
                 "show. Use batch_size=1 (fisher_batch_size=1), which is exact and slower."
             )
-        if found.wrong:
-            self._fall_back(f"it differs from single examples in {', '.join(found.wrong[:5])}")
-        self._proved |= found.proved
+        return f"it differs from single examples in {error}"
+
+    def _inspect(self, batch: ExampleBatch | None) -> None:
+        """Refuse what cannot be run, and say once of what cannot be run fast."""
+        if batch is None:
+            return
+        if self._plan.log_likelihood is None:
+            require_labels(batch.inputs)
+        because = batch.apart_because or (batch.uneven if self._fast else None)
+        if because is None or self._said_apart:
+            return
+        self._said_apart = True
+        said = f"The examples of a batch are not a row each: {because}."
+        if self._plan.fallback == "error":
+            raise ValueError(
+                f"{said} Use fallback='warn' to run such batches one by one, or batch_size=1 "
+                "(fisher_batch_size=1)."
+            )
+        warnings.warn(
+            f"{said} Such batches are run one by one, which is exact and slower, as with "
+            "batch_size=1 (fisher_batch_size=1).",
+            stacklevel=5,
+        )
 
     def _fall_back(self, reason: str) -> None:
         self.slow_because = f"is not exact for {self._model_name}: {reason}."
@@ -163,10 +188,25 @@ class Estimation:
         self._fast = False
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, CheckpointError):
-        return "a checkpoint of the model's own runs its forward again out of sight"
-    return f"these parameters are used in ways it does not cover: {error}"
+class ForwardFailed(ValueError):
+    """The model's forward has failed on a batch."""
+
+    def __init__(self, batch: ExampleBatch, error: Exception) -> None:
+        self.batch = batch
+        self.short = f"{type(error).__name__}: {error!s:.300}"
+        super().__init__(
+            f"The model's forward fails on a batch of {len(batch)} examples with the arguments "
+            f"{', '.join(batch.inputs)}: {self.short} What helps: data with what its forward "
+            "takes and nothing else (a data_collator, without further columns); batch_size=1 "
+            "(fisher_batch_size=1) where it takes one example at a time, as without a pad token; "
+            "or log_likelihood= a function of (model, batch) that calls it as it has to be."
+        )
+
+
+def raised_in(model: nn.Module, error: Exception) -> bool:
+    """Whether the model itself was running when an error came up."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_locals.get("self") is model for frame, _ in frames)
 
 
 def warn_of_slowness(reason: str, stacklevel: int) -> None:

@@ -60,6 +60,12 @@ class Passes:
         for objective in stream:
             yield objective * self._plan.scale
 
+    def outputs(self, batch: ExampleBatch) -> Tensor:
+        """What the objectives are made of, (B, …)."""
+        if self._plan.log_likelihood is not None:
+            return self._plan.log_likelihood(self._model, batch.inputs)
+        return self._reader.distribution(batch.inputs).graph_output()
+
     def settle_type(self, first: ExampleBatch) -> None:
         """What "auto" means, by an example that all processes have."""
         if self.fisher_type != "auto":

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 
 from hf_ewc.fisher.engine.one_backward import OneBackward
 from hf_ewc.fisher.engine.one_by_one import BatchGradient, OneByOne
-from hf_ewc.fisher.engine.protocol import Engine, Objectives
-from hf_ewc.fisher.engine.verification import Comparison, compare
+from hf_ewc.fisher.engine.protocol import Engine
+from hf_ewc.fisher.engine.verification import (
+    Comparison,
+    Sketch,
+    compare_with_alone,
+    require_apart,
+)
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.sources import Source
+from hf_ewc.fisher.examples.structure import structure_of
 from hf_ewc.fisher.passes import Passes
 from hf_ewc.fisher.processes import Processes
+from hf_ewc.fisher.proofs import Mixed, Proofs
 
 
 class Replicas:
@@ -26,6 +33,8 @@ class Replicas:
         processes: those that take part, each with its share of the examples.
         one_by_one: whether the slow way is that of single examples, else that of whole batches.
     """
+
+    alone_may_help = True
 
     def __init__(
         self,
@@ -42,8 +51,12 @@ class Replicas:
         self._fast = OneBackward(model, parameters)
         self._slow_type = OneByOne if one_by_one else BatchGradient
         self._slow: Engine | None = None
+        self._added = False
 
     def running(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def first(self, source: Source) -> ExampleBatch | None:
@@ -54,23 +67,50 @@ class Replicas:
         for batch in source.batches:
             yield batch.to(self._device)
 
-    def pair(self, batch: ExampleBatch | None) -> ExampleBatch | None:
-        return batch.pair() if batch is not None and len(batch) > 1 else None
-
-    def compare(self, pair: ExampleBatch, objectives: Objectives) -> Comparison:
-        return compare(self._model, self._parameters, pair, objectives)
-
-    def run_fast(self, batch: ExampleBatch | None, passes: Passes) -> None:
-        if batch is not None and len(batch) == 1:
+    def run_fast(self, batch: ExampleBatch | None, passes: Passes, proofs: Proofs) -> None:
+        if batch is None:
+            return
+        if len(batch) == 1 or batch.uneven:
             self.run_slow(batch, passes)
-        elif batch is not None:
+            return
+        if batch.doubtful:
+            require_apart(batch, passes.outputs)
+        structure = structure_of(batch.inputs, len(batch))
+        most = batch.most_labelled()
+        if most is None or not proofs.are_due(structure, self._fast.totals()):
             self._fast.add(batch, passes)
+        else:
+            proofs.add(structure, self._run_with_proof(batch, passes, proofs, most[0]))
+        self._added = True
+
+    def _run_with_proof(
+        self, batch: ExampleBatch, passes: Passes, proofs: Proofs, example: int
+    ) -> Comparison:
+        """Run the batch and compare one example with itself alone; raises `Mixed`."""
+        before = {name: t.clone() for name, t in self._fast.totals().items() if self._added}
+        unproved = proofs.unproved(before)
+        sketch = Sketch(example)
+        try:
+            self._fast.add(batch, passes, sketch)
+            with passes.uncounted():
+                found = compare_with_alone(self._model, self._parameters, batch, passes, sketch)
+            if found.wrong:
+                raise Mixed(found.wrong, sorted(set(found.wrong) & set(unproved)))
+        except Exception:
+            for name, total in self._fast.totals().items():
+                total.copy_(before[name]) if self._added else total.zero_()
+            raise
+        return found
 
     def run_slow(self, batch: ExampleBatch | None, passes: Passes) -> None:
         if self._slow is None:
             self._slow = self._slow_type(self._model, self._parameters, self._fast.totals())
-        if batch is not None:
-            self._slow.add(batch, passes)
+        if batch is None:
+            return
+        if batch.doubtful:
+            require_apart(batch, passes.outputs)
+        self._slow.add(batch, passes)
+        self._added = True
 
     def totals(self) -> dict[str, Tensor]:
         totals = self._fast.totals()

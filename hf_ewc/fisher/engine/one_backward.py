@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_ewc.fisher.engine.checkpointing import checkpointing
 from hf_ewc.fisher.engine.interception import Interception
-from hf_ewc.fisher.engine.protocol import Objectives, UncoveredUse
+from hf_ewc.fisher.engine.protocol import Objectives, UncoveredUse, Witness
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.uses.ledger import Ledger
 from hf_ewc.fisher.uses.tracking import Tracker
@@ -27,9 +27,22 @@ class OneBackward:
         self._model = model
         self._ledger = Ledger(parameters) if ledger is None else ledger
 
-    def add(self, batch: ExampleBatch, objectives: Objectives) -> None:
-        """Raises `UncoveredUse`, with nothing added, where a use is not accounted for."""
+    def add(
+        self, batch: ExampleBatch, objectives: Objectives, witness: Witness | None = None
+    ) -> None:
+        """Raises `UncoveredUse`, with nothing added, where a use is not accounted for.
+
+        A witness sees the gradients of one example of the batch.
+        """
         self._ledger.start(len(batch))
+        if witness is not None:
+            self._ledger.watch(witness.example, witness.see)
+        try:
+            self._add(batch, objectives)
+        finally:
+            self._ledger.finish()
+
+    def _add(self, batch: ExampleBatch, objectives: Objectives) -> None:
         mode = Interception(Tracker(self._ledger, batch.inputs, len(batch)))
 
         def contexts() -> tuple[object, object]:

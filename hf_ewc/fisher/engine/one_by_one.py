@@ -43,20 +43,12 @@ class OneByOne:
         )
 
     def add(self, batch: ExampleBatch, objectives: Objectives) -> None:
-        if len(batch) > 1 and not batch.divisible:
-            shapes = {n: tuple(v.shape) for n, v in batch.inputs.items() if isinstance(v, Tensor)}
-            raise ValueError(
-                "This model's Fisher is estimated example by example, but the examples of a batch "
-                f"cannot be taken apart (tensors {shapes} for {len(batch)} examples). Use "
-                "batch_size=1."
-            )
-
         def contexts() -> tuple[object, object]:
             return contextlib.nullcontext(), contextlib.nullcontext()
 
         with checkpointing(self._model, contexts), self._squaring():
             for n in range(len(batch)):
-                for objective, last in with_last(objectives(batch.part(n, n + 1))):
+                for objective, last in with_last(objectives(batch.only([n]))):
                     self._backward(objective, keep=not last)
 
     def _backward(self, objective: Tensor, *, keep: bool = False) -> None:

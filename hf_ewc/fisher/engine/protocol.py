@@ -11,10 +11,21 @@ from hf_ewc.fisher.examples.batch import ExampleBatch
 
 # Runs the forward on a batch and yields the objectives to backpropagate, one after another.
 Objectives = Callable[[ExampleBatch], Iterator[Tensor]]
+# Runs the forward on a batch and returns what the objectives are made of, (B, …).
+Outputs = Callable[[ExampleBatch], Tensor]
 
 
 class UncoveredUse(Exception):
     """A parameter is used in a way that the one-backward engine does not account for."""
+
+
+class Witness(Protocol):
+    """Sees the gradients of one example of a batch, one parameter after another in each pass."""
+
+    @property
+    def example(self) -> int: ...
+
+    def see(self, name: str, gradient: Tensor) -> None: ...
 
 
 class Engine(Protocol):

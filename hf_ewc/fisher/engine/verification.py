@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_ewc.fisher.engine.one_backward import OneBackward
 from hf_ewc.fisher.engine.one_by_one import OneByOne
-from hf_ewc.fisher.engine.protocol import Objectives
+from hf_ewc.fisher.engine.protocol import Objectives, Outputs
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.parameters.sharding import whole_shape
+
+# Gradients of up to this many entries are kept as they are.
+_SHORT = 4096
 
 
 @dataclass(frozen=True)
@@ -29,45 +31,157 @@ class Comparison:
     proved: set[str]
 
 
-def compare(
+class Sketch:
+    """The gradients of one example in few numbers: of each, its sums over rows and over columns.
+
+    With random signs, so that the square of a sum of differences is their sum of squares in
+    expectation. Sketches add up as gradients do.
+    """
+
+    def __init__(self, example: int = 0) -> None:
+        self.example = example
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def see(self, name: str, gradient: Tensor) -> None:
+        gradient = gradient.detach()
+        if gradient.dtype not in (torch.float32, torch.float64):
+            gradient = gradient.float()
+        if gradient.numel() > _SHORT:
+            matrix = gradient.reshape(gradient.shape[0], -1)
+            rows, columns = (_signs(size, matrix) for size in matrix.shape)
+            gradient = torch.cat([rows @ matrix, matrix @ columns]) * 0.5**0.5
+        sums = gradient.reshape(-1).clone()
+        self._sums[name] = sums if name not in self._sums else self._sums[name].add_(sums)
+
+    def sizes(self, names: Iterable[str]) -> dict[str, float]:
+        """Σ G² of each parameter, in expectation."""
+        return {n: _sum(self._sums[n].square()) if n in self._sums else 0.0 for n in names}
+
+    def differences(self, other: Sketch, names: Iterable[str]) -> dict[str, float]:
+        """Σ (G − G')² of each parameter, in expectation."""
+        return {name: self._difference(other, name) for name in names}
+
+    def _difference(self, other: Sketch, name: str) -> float:
+        own, others = self._sums.get(name), other._sums.get(name)
+        if own is None or others is None:
+            either = own if own is not None else others
+            return 0.0 if either is None else _sum(either.square())
+        return _sum((own - others).square())
+
+
+def _signs(size: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return (2.0 * torch.randint(0, 2, (size,), generator=generator) - 1.0).to(like)
+
+
+class _Alone(OneByOne):
+    """One example in a forward and backward of its own, whose gradients a sketch sees."""
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], sketch: Sketch
+    ) -> None:
+        super().__init__(model, parameters, totals={})
+        self._sketch = sketch
+
+    def _square(self, name: str, gradient: Tensor) -> None:
+        self._sketch.see(name, gradient)
+
+
+def compare_with_alone(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    pair: ExampleBatch,
+    batch: ExampleBatch,
     objectives: Objectives,
+    seen: Sketch,
 ) -> Comparison:
-    """The proof that examples were kept apart, on two of them.
+    """Hold what the one-backward engine saw of an example among others to that example alone.
 
-    An axis of another meaning taken for the batch's would mix them.
+    An axis of another meaning taken for the batch's would have mixed it with the others.
     """
-    if not pair.divisible:
-        return Comparison(list(parameters), set())
-    engine = OneBackward(model, parameters)
-    engine.add(pair, objectives)
-    residuals = engine.totals()
-    sizes = {name: _sum(total) for name, total in residuals.items()}
-    OneByOne(model, parameters, residuals, sign=-1.0).add(pair, objectives)
-    errors = {name: _sum(residual.abs()) for name, residual in residuals.items()}
-    return within_rounding(model, parameters, sizes, errors)
+
+    def all_at_once(one: ExampleBatch) -> Iterator[Tensor]:
+        parts = list(objectives(one))
+        if parts:
+            yield torch.stack(parts).sum()
+
+    alone = Sketch()
+    _Alone(model, parameters, alone).add(batch.only([seen.example]), all_at_once)
+    half = _is_half(model, parameters)
+    limits = Limits(0.09, 1e-3, 1e-6) if half else Limits(1e-6, 0.0, 1e-10)
+    sizes, errors = alone.sizes(parameters), alone.differences(seen, parameters)
+    return within_rounding(parameters, sizes, errors, limits)
+
+
+@torch.no_grad()
+def require_apart(batch: ExampleBatch, outputs: Outputs) -> None:
+    """Hold each example, taken out of the batch and run alone, to what it was among the others.
+
+    Raises:
+        ValueError: one is another, so that what was taken out was not it.
+    """
+    whole = outputs(batch)
+    for n in range(len(batch)):
+        try:
+            alone = outputs(batch.only([n]))
+        except Exception as error:
+            raise _inseparable(batch, n, f"fails alone with {error!s:.200}") from error
+        if alone.shape[1:] != whole.shape[1:] or not _alike(alone[:1], whole[n : n + 1]):
+            raise _inseparable(batch, n, "has other outputs alone than among the others")
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    share = 0.05 if one.element_size() < 4 or torch.is_autocast_enabled(one.device.type) else 1e-4
+    largest = other.abs().max() if other.numel() else torch.zeros(())
+    return bool(((one - other).abs() <= share * largest).all())
+
+
+def _inseparable(batch: ExampleBatch, n: int, what: str) -> ValueError:
+    shapes = {k: tuple(v.shape) for k, v in batch.inputs.items() if isinstance(v, Tensor)}
+    return ValueError(
+        f"What belongs to which example of a batch cannot be told from its sizes ({shapes} for "
+        f"{len(batch)} examples): example {n}, taken by its place, {what}. Give a data set of "
+        "examples with its data_collator, or batches of one example (batch_size=1, "
+        "fisher_batch_size=1)."
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What rounding explains.
+
+    Args:
+        own: a share of a parameter's own sum.
+        near, far: for gradients that are zero in exact arithmetic, such as those of attention's key
+            biases, a share of the densest sum of the same module, and of the whole model.
+    """
+
+    own: float
+    near: float
+    far: float
+
+
+def limits_of_squares(model: nn.Module, parameters: Mapping[str, Tensor]) -> Limits:
+    """For sums of squared gradients and their absolute differences.
+
+    In half precision mostly by the module, since the densest of the model would hide anything.
+    """
+    return Limits(0.3, 1e-3, 1e-6) if _is_half(model, parameters) else Limits(1e-3, 0.0, 1e-9)
 
 
 def within_rounding(
-    model: nn.Module,
     parameters: Mapping[str, Tensor],
     sizes: Mapping[str, float],
     errors: Mapping[str, float],
+    limits: Limits,
 ) -> Comparison:
     """Tell from rounding what is not.
 
-    Rounding explains a share of a parameter's own sum, and for gradients that are zero in exact
-    arithmetic, such as those of attention's key biases, a share of the densest sum around them: in
-    half precision of the same module, since the densest of the whole model would hide anything.
-
     Args:
-        sizes: Σ of each parameter's sum of squares by the engine.
-        errors: Σ of the absolute differences from single examples.
+        sizes: the sum over each parameter of what is compared.
+        errors: that of its differences.
+        limits: how large these may be.
     """
-    half = any(p.element_size() < 4 for p in parameters.values()) or _autocasts(model)
-    relative, near, far = (0.3, 1e-3, 1e-6) if half else (1e-3, 0.0, 1e-9)
     numels = {name: max(math.prod(whole_shape(p)), 1) for name, p in parameters.items()}
     densities = {name: sizes[name] / numels[name] for name in parameters}
     densest = max(densities.values(), default=0.0)
@@ -79,11 +193,15 @@ def within_rounding(
         name
         for name, error in errors.items()
         if error
-        > relative * sizes[name]
-        + numels[name] * (near * modules[name.rpartition(".")[0]] + far * densest)
+        > limits.own * sizes[name]
+        + numels[name] * (limits.near * modules[name.rpartition(".")[0]] + limits.far * densest)
     ]
     seen = {name for name in parameters if sizes[name] > 0 or errors[name] > 0}
     return Comparison(wrong, seen - set(wrong))
+
+
+def _is_half(model: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
+    return any(p.element_size() < 4 for p in parameters.values()) or _autocasts(model)
 
 
 def _autocasts(model: nn.Module) -> bool:

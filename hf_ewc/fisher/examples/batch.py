@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hf_ewc.fisher.examples.layout import PLAIN, Inseparable, Layout
 from hf_ewc.fisher.labels import IGNORED, LABEL_NAMES
 
 Collator = Callable[[list[Any]], Any]
@@ -19,68 +24,112 @@ Collator = Callable[[list[Any]], Any]
 class ExampleBatch:
     """A collated batch, and a number for each example that is the same on any process.
 
-    The last `padding` examples repeat others and count nothing.
+    Args:
+        inputs: by name, labels among them.
+        ids: the examples' numbers.
+        padding: how many examples, the last ones, repeat others and count nothing.
+        known_layout: how the inputs divide, where that is known; by their sizes if None.
+        apart_because: why these examples could not be collated into one batch with others.
     """
 
     inputs: dict[str, Any]
     ids: list[int]
     padding: int = 0
+    known_layout: Layout | None = None
+    apart_because: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device) -> ExampleBatch:
         moved = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.inputs)
-        return ExampleBatch(moved, self.ids, self.padding)
+        return replace(self, inputs=moved)
+
+    @cached_property
+    def layout(self) -> Layout | Inseparable:
+        """How the inputs divide, or what of them does not."""
+        if self.known_layout is not None:
+            return self.known_layout
+        try:
+            return Layout.by_size(self.inputs, len(self))
+        except Inseparable as reason:
+            return reason
 
     @property
     def divisible(self) -> bool:
-        """Whether every tensor has one row per example, or one for all, so that examples can be
-        taken out."""
-        return all(size in (1, len(self)) for size in self._rows())
+        """Whether examples can be taken out."""
+        return isinstance(self.layout, Layout)
 
-    def _rows(self) -> list[int]:
-        tensors = [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
-        return [tensor.shape[0] for tensor in tensors if tensor.dim()]
+    @property
+    def doubtful(self) -> bool:
+        """Whether what belongs to which example is a guess that could mislead."""
+        return len(self) > 1 and isinstance(self.layout, Layout) and self.layout.doubtful
+
+    @property
+    def uneven(self) -> str | None:
+        """Why this is not a row for each example in every input; None where it is."""
+        if len(self) == 1:
+            return None
+        if isinstance(self.layout, Inseparable):
+            return str(self.layout)
+        return self.layout.uneven(self.inputs)
 
     def part(self, start: int, stop: int) -> ExampleBatch:
-        return self.only(list(range(len(self)))[start:stop])
+        return self.only(range(len(self))[start:stop])
 
     def only(self, examples: Sequence[int]) -> ExampleBatch:
-        """The batch of these examples, by their places in this one."""
-        whole = list(examples) == list(range(len(self)))
+        """The batch of these examples, by their places in this one.
 
-        def rows(tensor: Tensor) -> Tensor:
-            own = tensor.dim() > 0 and tensor.shape[0] == len(self) and not whole
-            return tensor[list(examples)] if own else tensor
-
-        inputs = tree_map_only(Tensor, rows, self.inputs)
-        return ExampleBatch(inputs, [self.ids[n] for n in examples])
+        Raises:
+            ValueError: examples cannot be taken out of this batch.
+        """
+        examples = list(examples)
+        if examples == list(range(len(self))):
+            return self
+        ids = [self.ids[n] for n in examples]
+        if isinstance(self.layout, Inseparable):
+            raise ValueError(
+                f"The examples of a batch cannot be taken apart: {self.layout}. Use batch_size=1 "
+                "(fisher_batch_size=1), give a data set of examples with its data_collator, or "
+                "batches of one example."
+            )
+        return ExampleBatch(self.layout.take(self.inputs, examples), ids)
 
     def pair(self) -> ExampleBatch | None:
         """The two examples with the most labels; None where none has any."""
+        most = self.most_labelled()
+        return None if most is None else self.only(sorted(most[:2]))
+
+    def most_labelled(self) -> list[int] | None:
+        """The places of the examples, those with most labels first; None where none has any."""
         labels = next((self.inputs[n] for n in LABEL_NAMES if n in self.inputs), None)
         if not isinstance(labels, Tensor) or labels.dim() == 0 or labels.shape[0] != len(self):
-            return self.part(0, 2)
+            return list(range(len(self)))
         counts = (labels != IGNORED).reshape(len(self), -1).sum(1)
         if not counts.any():
             return None
-        most = counts.argsort(descending=True, stable=True)[:2]
-        return self.only(sorted(most.tolist()))
+        most: list[int] = counts.argsort(descending=True, stable=True).tolist()
+        return most
 
-    def twice(self) -> ExampleBatch:
-        """The same examples and their repetition as padding."""
+    def at_least_two(self) -> ExampleBatch:
+        """One example with its repetition as padding: where examples lie is seen from two.
+
+        As it is where it has more, or something that is not a row for each example.
+        """
+        tensors = [v for v in tree_leaves(self.inputs) if isinstance(v, Tensor) and v.dim()]
+        plain = all(isinstance(v, (Tensor, *PLAIN)) for v in self.inputs.values())
+        if len(self) > 1 or not plain or any(tensor.shape[0] != 1 for tensor in tensors):
+            return self
 
         def rows(tensor: Tensor) -> Tensor:
-            own = tensor.dim() > 0 and tensor.shape[0] == len(self)
-            return torch.cat([tensor, tensor]) if own else tensor
+            return torch.cat([tensor, tensor]) if tensor.dim() else tensor
 
         inputs = tree_map_only(Tensor, rows, self.inputs)
-        return ExampleBatch(inputs, self.ids * 2, len(self) + self.padding)
+        return ExampleBatch(inputs, self.ids * 2, 1 + self.padding)
 
     def blank(self) -> ExampleBatch:
         """The same batch as padding alone."""
-        return ExampleBatch(self.inputs, self.ids, len(self))
+        return replace(self, padding=len(self))
 
 
 def batches_of_examples(
@@ -93,23 +142,106 @@ def batches_of_examples(
 
 
 def collated(collator: Collator, examples: list[Any], ids: list[int]) -> Iterator[ExampleBatch]:
-    """The examples as one batch; one by one where the collator packs them into fewer rows.
+    """The examples as one batch; one by one where the collator makes none that can be divided.
 
     Raises:
         ValueError: an example alone has several rows of labels.
     """
-    inputs = as_mapping(collator(examples))
+    yield from numbered(Collating(collator)(examples), ids)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """What a collator makes of some examples: a batch and how it divides, or each one alone."""
+
+    batch: dict[str, Any]
+    layout: Layout | None = None
+    alone: list[dict[str, Any]] | None = None
+    because: str | None = None
+
+
+@dataclass(frozen=True)
+class Collating:
+    """A collator that also says how its batch divides into the examples."""
+
+    collator: Collator
+
+    def __call__(self, examples: list[Any]) -> Divided:
+        try:
+            batch = as_mapping(self.collator(examples))
+        except (TypeError, ValueError, RuntimeError) as error:
+            return self._one_by_one(examples, error)
+        if len(examples) == 1:
+            return Divided(batch)
+        if _packs(batch, len(examples)):
+            return Divided(batch, alone=[as_mapping(self.collator([one])) for one in examples])
+        layout = Layout.by_stacking(batch, examples)
+        if layout is not None:
+            return Divided(batch, layout)
+        try:
+            with same_random_numbers():
+                alone = [as_mapping(self.collator([one])) for one in examples]
+        except Exception:
+            return Divided(batch)  # what it makes of one example cannot be known
+        try:
+            return Divided(batch, Layout.by_examples(batch, alone))
+        except Inseparable as reason:
+            return Divided(batch, alone=alone, because=str(reason))
+
+    def _one_by_one(self, examples: list[Any], error: Exception) -> Divided:
+        """Of a collator that can take one example at a time only."""
+        if len(examples) == 1:
+            raise error
+        try:
+            alone = [as_mapping(self.collator([one])) for one in examples]
+        except Exception:
+            raise error from None
+        because = f"the data_collator fails on several ({type(error).__name__}: {error!s:.200})"
+        return Divided({}, alone=alone, because=because)
+
+
+def numbered(divided: Divided, ids: list[int]) -> Iterator[ExampleBatch]:
+    """What was collated, with the numbers of the examples.
+
+    Raises:
+        ValueError: an example alone has several rows of labels.
+    """
+    if divided.alone is None:
+        batch = ExampleBatch(divided.batch, ids, known_layout=divided.layout)
+        if len(ids) == 1:
+            _require_one_row(divided.batch)
+        yield batch
+        return
+    for inputs, index in zip(divided.alone, ids, strict=True):
+        _require_one_row(inputs)
+        yield ExampleBatch(inputs, [index], apart_because=divided.because)
+
+
+def _packs(inputs: Mapping[str, Any], size: int) -> bool:
+    """Whether the labels of several examples lie in fewer rows, or in more."""
     labels = [inputs[name] for name in LABEL_NAMES if isinstance(inputs.get(name), Tensor)]
-    if not labels or labels[0].dim() == 0 or labels[0].shape[0] == len(ids):
-        yield ExampleBatch(inputs, ids)
-    elif len(ids) > 1:
-        for example, index in zip(examples, ids, strict=True):
-            yield from collated(collator, [example], [index])
-    else:
+    return bool(labels) and labels[0].dim() > 0 and labels[0].shape[0] != size
+
+
+def _require_one_row(inputs: Mapping[str, Any]) -> None:
+    if _packs(inputs, 1):
+        name = next(name for name in LABEL_NAMES if isinstance(inputs.get(name), Tensor))
         raise ValueError(
-            f"The data_collator makes {labels[0].shape[0]} rows of labels of one example; needed "
-            "is one row for each example. Use another data_collator for the Fisher."
+            f"The data_collator makes {inputs[name].shape[0]} rows of labels of one example; "
+            "needed is one row for each example. Use another data_collator for the Fisher."
         )
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards, of the random numbers of the CPU."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
 
 
 def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[ExampleBatch]:
@@ -139,10 +271,12 @@ def as_mapping(batch: Any) -> dict[str, Any]:
 
 def batch_length(inputs: Mapping[str, Any]) -> int:
     """B, from the labels if there are any."""
-    names = sorted(inputs, key=lambda name: "label" not in name)
-    for name in names:
-        if isinstance(inputs[name], Tensor) and inputs[name].dim():
-            return int(inputs[name].shape[0])
+    for name in sorted(inputs, key=lambda name: "label" not in name):
+        value = inputs[name]
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+        if name in LABEL_NAMES and isinstance(value, (list, tuple)):
+            return len(value)
     raise ValueError(f"A batch holds no tensors: {', '.join(inputs) or 'it is empty'}.")
 
 

@@ -19,12 +19,13 @@ from torch.utils.data import (
 from transformers import default_data_collator
 
 from hf_ewc.fisher.examples.batch import (
+    Collating,
     Collator,
     ExampleBatch,
-    as_mapping,
     batches_of_examples,
     collated,
     looks_collated,
+    numbered,
     numbered_batches,
 )
 from hf_ewc.fisher.examples.choice import choose, labels_of
@@ -103,11 +104,15 @@ def _from_loader(loader: DataLoader[Any], wanted: Selection) -> Source:
     size: int = loader.batch_size or wanted.batch_size
     groups = [share[start : start + size] for start in range(0, len(share), size)]
     own: DataLoader[Any] = DataLoader(
-        data, batch_sampler=groups, collate_fn=collate, num_workers=loader.num_workers
+        data, batch_sampler=groups, collate_fn=Collating(collate), num_workers=loader.num_workers
     )
     return Source(
         lambda: next(batches_of_examples(data, chosen[:1], collate, 1)),
-        (ExampleBatch(as_mapping(batch), ids) for ids, batch in zip(groups, own, strict=True)),
+        (
+            batch
+            for ids, divided in zip(groups, own, strict=True)
+            for batch in numbered(divided, ids)
+        ),
         len(groups),
     )
 

@@ -8,7 +8,7 @@ meets (an error, a use that is not covered) all of them hear of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_ewc.fisher.engine.protocol import Objectives
-from hf_ewc.fisher.engine.verification import Comparison, within_rounding
+from hf_ewc.fisher.engine.verification import (
+    Comparison,
+    limits_of_squares,
+    require_apart,
+    within_rounding,
+)
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.sources import Source
+from hf_ewc.fisher.examples.structure import structure_of
 from hf_ewc.fisher.passes import Passes
 from hf_ewc.fisher.processes import Processes
+from hf_ewc.fisher.proofs import Mixed, Proofs
 from hf_ewc.fisher.sharded.one_backward import ShardedOneBackward
 from hf_ewc.fisher.sharded.same_batch import SameBatchEverywhere
 from hf_ewc.parameters import sharding
@@ -40,6 +47,8 @@ class InStep:
         processes: those that hold the shards.
         one_by_one: whether the slow way is that of single examples, else that of whole batches.
     """
+
+    alone_may_help = False
 
     def __init__(
         self,
@@ -70,11 +79,14 @@ class InStep:
         finally:
             sharding.release(self._model)
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return self._processes.together()
+
     def first(self, source: Source) -> ExampleBatch | None:
         with self._processes.together():
             first = source.first()
         if first is not None:
-            self._blank = _at_least_two(first).blank()
+            self._blank = first.at_least_two().blank()
         return None if first is None else first.to(self._device)
 
     def batches(self, source: Source) -> Iterator[ExampleBatch | None]:
@@ -82,17 +94,39 @@ class InStep:
         for batch in _until_all_are_done(source.batches, self._processes):
             yield None if batch is None else batch.to(self._device)
 
-    def pair(self, batch: ExampleBatch | None) -> ExampleBatch | None:
-        """Of the main process's batch, in all of them."""
-        batch = self._processes.gather(batch)[0]
-        return batch.to(self._device).pair() if batch is not None and len(batch) > 1 else None
-
-    def run_fast(self, batch: ExampleBatch | None, passes: Passes) -> None:
-        own = self._blank if batch is None else _at_least_two(batch)
-        if own is None or self._processes.largest([len(own) < 2])[0]:
+    def run_fast(self, batch: ExampleBatch | None, passes: Passes, proofs: Proofs) -> None:
+        own = self._blank if batch is None else batch.at_least_two()
+        unfit = own is None or len(own) < 2 or own.uneven is not None or own.doubtful
+        if own is None or self._processes.largest([unfit])[0]:
             self.run_slow(batch, passes)
-        else:
-            self._fast.add(own.to(self._device), self._aligned(passes))
+            return
+        self._prove(batch, passes, proofs)
+        self._fast.add(own.to(self._device), self._aligned(passes))
+
+    def _prove(self, batch: ExampleBatch | None, passes: Passes, proofs: Proofs) -> None:
+        """All processes compare on two examples of each that has a batch of a new structure.
+
+        Raises:
+            Mixed: in all processes.
+        """
+        wanted: tuple[Hashable, ExampleBatch | None] | None = None
+        if batch is not None and len(batch) > 1:
+            structure = structure_of(batch.inputs, len(batch))
+            if proofs.are_due(structure, self._fast.totals()):
+                wanted = structure, batch.pair()
+        done: set[Hashable] = set()
+        for proposal in self._processes.gather(wanted):
+            if proposal is None or proposal[1] is None or proposal[0] in done:
+                continue
+            structure, pair = proposal
+            done.add(structure)
+            with passes.uncounted():
+                found = self._compare(pair.to(self._device), passes)
+            if found.wrong:
+                unproved = proofs.unproved(self._fast.totals())
+                earlier = self._processes.gather([n for n in found.wrong if n in unproved])
+                raise Mixed(found.wrong, sorted({name for names in earlier for name in names}))
+            proofs.add(structure, found)
 
     def run_slow(self, batch: ExampleBatch | None, passes: Passes) -> None:
         """All processes run the batches of all, one after another; the owner counts them."""
@@ -100,9 +134,15 @@ class InStep:
             mine = rank == self._processes.rank
             with contextlib.nullcontext() if mine else passes.uncounted():
                 if other is not None:
-                    self._slow.add(other.to(self._device), self._aligned(passes))
+                    self._run_everywhere(other.to(self._device), passes)
 
-    def compare(self, pair: ExampleBatch, objectives: Objectives) -> Comparison:
+    def _run_everywhere(self, batch: ExampleBatch, passes: Passes) -> None:
+        if batch.doubtful:
+            require_apart(batch, passes.outputs)
+            sharding.release(self._model)
+        self._slow.add(batch, self._aligned(passes))
+
+    def _compare(self, pair: ExampleBatch, objectives: Objectives) -> Comparison:
         if not pair.divisible:
             return Comparison(list(self._parameters), set())
         aligned = self._aligned(objectives)
@@ -118,10 +158,10 @@ class InStep:
         self._everywhere(residuals, sign=-1.0).add(pair, aligned)
         errors = self._summed(residual.abs() for residual in residuals.values())
         return within_rounding(
-            self._model,
             self._parameters,
             dict(zip(residuals, sizes, strict=True)),
             dict(zip(residuals, errors, strict=True)),
+            limits_of_squares(self._model, self._parameters),
         )
 
     def _summed(self, tensors: Iterable[Tensor]) -> list[float]:
@@ -163,11 +203,6 @@ def _until_all_are_done(stream: Iterator[Any], processes: Processes) -> Iterator
         if not processes.largest([item is not None])[0]:
             return
         yield item
-
-
-def _at_least_two(batch: ExampleBatch) -> ExampleBatch:
-    """A batch of one example with its repetition: where the examples lie is seen from two."""
-    return batch.twice() if len(batch) == 1 and batch.divisible else batch
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_ewc.fisher.engine.one_backward import OneBackward
-from hf_ewc.fisher.engine.protocol import Objectives
+from hf_ewc.fisher.engine.protocol import Objectives, Witness
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.sharded.ledger import ShardedLedger
@@ -27,10 +27,12 @@ class ShardedOneBackward(OneBackward):
         super().__init__(model, parameters, self.ledger)
         self._processes = processes
 
-    def add(self, batch: ExampleBatch, objectives: Objectives) -> None:
+    def add(
+        self, batch: ExampleBatch, objectives: Objectives, witness: Witness | None = None
+    ) -> None:
         """Raises `UncoveredUse` in every process, with nothing added, if one has such a use."""
         with self.ledger.watching(), kept_whole():
-            super().add(batch, objectives)
+            super().add(batch, objectives, witness)
 
     def _refuse(self, uncovered: list[tuple[str, str]]) -> None:
         if self._processes.largest([len(uncovered)])[0]:

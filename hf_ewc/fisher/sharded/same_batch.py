@@ -53,13 +53,8 @@ class SameBatchEverywhere:
         if not self._one_by_one:
             self._add(batch, objectives)
             return
-        if len(batch) > 1 and not batch.divisible:
-            raise ValueError(
-                "This model's Fisher is estimated example by example, but the examples of a batch "
-                "cannot be taken apart. Use batch_size=1."
-            )
         for n in range(len(batch)):
-            self._add(batch.part(n, n + 1), objectives)
+            self._add(batch.only([n]), objectives)
 
     def _add(self, batch: ExampleBatch, objectives: Objectives) -> None:
         def contexts() -> tuple[object, object]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hf_ewc.fisher.uses.graph import leaves
 from hf_ewc.fisher.uses.square_sum import Geometry, SquareSum, Use, repeats
-from hf_ewc.fisher.uses.squaring import square, square_derived
+from hf_ewc.fisher.uses.squaring import gradients_of, square, square_derived
 
 
 class Ledger:
@@ -26,6 +26,11 @@ class Ledger:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._by_tensor = {id(p): SquareSum(name, p) for name, p in parameters.items()}
         self.num_examples = 0
+        self._watched: tuple[int, Callable[[str, Tensor], None]] | None = None
+
+    def watch(self, example: int, see: Callable[[str, Tensor], None]) -> None:
+        """Show the gradients of one example of the next batch, by parameter, as they come."""
+        self._watched = example, see
 
     def holds(self, tensor: Tensor) -> bool:
         return id(tensor) in self._by_tensor
@@ -43,6 +48,10 @@ class Ledger:
         for one in self._by_tensor.values():
             one.direct.clear()
             one.derived.clear()
+
+    def finish(self) -> None:
+        """End a batch."""
+        self._watched = None
 
     def open(self, tensor: Tensor) -> Use:
         """One use of `tensor`: of a parameter, a view of one, or what is derived from some."""
@@ -85,6 +94,7 @@ class Ledger:
                 continue
             group = self._connected(one)
             done.update(id(member) for member in group)
+            self._show(group)
             if any(member.derived for member in group):
                 square_derived(group, self.num_examples)
             else:
@@ -101,7 +111,14 @@ class Ledger:
             return
         one.outstanding -= 1
         if one.outstanding == 0:
+            self._show([one])
             square(one, self.num_examples)
+
+    def _show(self, group: list[SquareSum]) -> None:
+        if self._watched is not None:
+            example, see = self._watched
+            for name, gradient in gradients_of(group, example):
+                see(name, gradient)
 
     def _connected(self, one: SquareSum) -> list[SquareSum]:
         """The sums that share derived tensors with `one`, itself included."""

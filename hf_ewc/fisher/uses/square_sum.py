@@ -45,11 +45,15 @@ class SquareSum:
     outstanding: int = 0
 
     def sum_of_squares(self) -> Tensor:
-        """The accumulator, strided like the parameter, fp32 (fp64 for an fp64 parameter)."""
+        """The accumulator."""
         if self.total is None:
-            dtype = torch.promote_types(self.parameter.dtype, torch.float32)
-            self.total = _zeros_strided_like(self.parameter, dtype)
+            self.total = self.zeros()
         return self.total
+
+    def zeros(self) -> Tensor:
+        """Strided like the parameter, fp32 (fp64 for an fp64 parameter)."""
+        dtype = torch.promote_types(self.parameter.dtype, torch.float32)
+        return _zeros_strided_like(self.parameter, dtype)
 
 
 def _zeros_strided_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

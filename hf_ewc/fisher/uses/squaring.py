@@ -30,6 +30,23 @@ class _Placed(PerExampleGradient):
         self.gradient.add_to(placed, example)
 
 
+def gradients_of(group: list[SquareSum], example: int) -> list[tuple[str, Tensor]]:
+    """G_example of each parameter of a group, of what was delivered; none if nothing was."""
+    uses = _delivered_once(use for one in group for use in one.derived)
+    if not uses and not any(use.gradient for one in group for use, _ in one.direct):
+        return []
+    cotangents = [_written_out(use, example) for use in uses]
+    pulled_back = _pull_back(group, uses, cotangents, batched=False)
+    found = []
+    for one, gradient in zip(group, pulled_back, strict=True):
+        summed = one.zeros()
+        if gradient is not None:
+            summed += gradient
+        _add_direct(one, summed, example)
+        found.append((one.name, summed))
+    return found
+
+
 def square(one: SquareSum, num_examples: int) -> None:
     """Add the squares of the delivered direct uses, summing uses that overlap first."""
     delivered = [(use.gradient, geometry) for use, geometry in one.direct if use.gradient]

@@ -1,0 +1,310 @@
+"""How a collated batch divides into its examples.
+
+A collator stacks most things, so that a row is an example; others it joins (the images of all
+examples, some with two, some with none), lists (the names of their tasks, their boxes) or shares.
+What an example has when it is collated alone says which; without that, sizes do, and are doubted
+where they could mislead.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_ewc.fisher.labels import LABEL_NAMES
+
+# The names that a label has in an example whose collator calls it "labels".
+_OTHER_NAMES = {"labels": ("label", "label_ids")}
+# What has no examples inside.
+PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+class Inseparable(Exception):
+    """A batch cannot be taken apart; the text says what of it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Entries along the first axis, `counts[n]` of them of example n, one example after another.
+
+    With `optional`, the whole entry is left out where no example that is taken has any.
+    """
+
+    counts: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The same for all examples."""
+
+
+# Of a value in a batch; nested as the value is.
+Share = Any
+SHARED = Shared()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How each input of a batch divides.
+
+    Args:
+        shares: by the input's name.
+        doubtful: whether sizes alone have said it, and these could mislead.
+    """
+
+    shares: Mapping[str, Share]
+    doubtful: bool = False
+
+    @classmethod
+    def by_size(cls, inputs: Mapping[str, Any], size: int) -> Layout:
+        """A first axis of `size`, or of a multiple of it, is that of the examples.
+
+        Raises:
+            Inseparable: something has another first axis.
+        """
+        shares = {name: _by_size(value, size, name) for name, value in inputs.items()}
+        return cls(shares, _could_mislead(inputs, size))
+
+    @classmethod
+    def by_examples(cls, inputs: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]) -> Layout:
+        """By what each example has alone.
+
+        Raises:
+            Inseparable: the batch is not made of these one after another.
+        """
+        missing = [name for one in alone for name in one if name not in inputs]
+        if missing:
+            raise Inseparable(f"{missing[0]!r} is there for an example alone only")
+        return cls(
+            {
+                name: _by_examples(value, [one.get(name, _MISSING) for one in alone], name)
+                for name, value in inputs.items()
+            }
+        )
+
+    @classmethod
+    def by_stacking(cls, inputs: Mapping[str, Any], examples: Sequence[Any]) -> Layout | None:
+        """Where every input is plainly the examples' own of that name, stacked; else None."""
+        stacked: dict[str, tuple[int, ...]] = {}
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or value.shape[:1] != (len(examples),):
+                return None
+            if _is_stack(name, value, examples):
+                stacked[name] = tuple(value.shape)
+        masks = {name for name, v in inputs.items() if v.dim() == 2} - stacked.keys()
+        if stacked.keys() | masks != inputs.keys():
+            return None
+        if any(tuple(inputs[name].shape) not in stacked.values() for name in masks):
+            return None
+        row_each = Rows((1,) * len(examples))
+        return cls(dict.fromkeys(inputs, row_each))
+
+    def take(self, inputs: Mapping[str, Any], examples: Sequence[int]) -> dict[str, Any]:
+        """The inputs of these examples."""
+        return _take_items(inputs, self.shares, examples)
+
+    def uneven(self, inputs: Mapping[str, Any]) -> str | None:
+        """What has not the same number of rows for each example; None where all do."""
+        for path, value, share in _leaves(inputs, self.shares, ""):
+            if not isinstance(share, Rows):
+                continue
+            if len(set(share.counts)) > 1:
+                return f"{path} has {', '.join(map(str, share.counts))} rows for them"
+            if not isinstance(value, Tensor) and any(True for _ in _tensors_in(value)):
+                return f"{path} is a list of tensors, one for each"
+        return None
+
+
+_MISSING = object()
+
+
+def _by_size(value: Any, size: int, path: str) -> Share:
+    if isinstance(value, (Tensor, np.ndarray)):
+        rows = value.shape[0] if value.ndim else 1
+        if rows == 1:
+            return SHARED
+        if rows == 0 or rows % size:
+            raise Inseparable(f"{path} has {rows} rows for {size} examples")
+        return Rows((rows // size,) * size)
+    if isinstance(value, Mapping):
+        return {name: _by_size(item, size, f"{path}.{name}") for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if len(value) == size and not (isinstance(value, tuple) and _all_rows(value, size)):
+            return Rows((1,) * size)
+        return [_by_size(item, size, f"{path}.{i}") for i, item in enumerate(value)]
+    return SHARED
+
+
+def _all_rows(values: Iterable[Any], size: int) -> bool:
+    return all(isinstance(value, Tensor) and value.shape[:1] == (size,) for value in values)
+
+
+def _by_examples(value: Any, alone: Sequence[Any], path: str) -> Share:
+    present = [one for one in alone if one is not _MISSING]
+    if not present:
+        raise Inseparable(f"{path} is there for several examples only")
+    if any(_kind(one) is not _kind(value) for one in present):
+        raise Inseparable(f"{path} is something else for an example alone")
+    if isinstance(value, Mapping):
+        return {
+            name: _by_examples(
+                item,
+                [_MISSING if one is _MISSING else one.get(name, _MISSING) for one in alone],
+                f"{path}.{name}",
+            )
+            for name, item in value.items()
+        }
+    if not isinstance(value, (Tensor, np.ndarray, list, tuple)):
+        return SHARED
+    if isinstance(value, (Tensor, np.ndarray)) and (
+        value.ndim == 0 or any(one.ndim == 0 for one in present)
+    ):
+        if value.ndim == 0 and all(one.ndim == 0 for one in present):
+            return SHARED
+        raise Inseparable(f"{path} has another number of axes for an example alone")
+    counts = tuple(0 if one is _MISSING else len(one) for one in alone)
+    if sum(counts) == len(value):
+        return Rows(counts, optional=len(present) < len(alone))
+    if len(present) == len(alone) and set(counts) == {len(value)}:
+        if isinstance(value, (Tensor, np.ndarray)):
+            return SHARED
+        return [
+            _by_examples(item, [one[i] for one in alone], f"{path}.{i}")
+            for i, item in enumerate(value)
+        ]
+    raise Inseparable(f"{path} has {len(value)} rows, and {_listed(counts)} for examples alone")
+
+
+def _kind(value: Any) -> object:
+    kinds = (Tensor, np.ndarray, Mapping, list, tuple)
+    return next((kind for kind in kinds if isinstance(value, kind)), None)
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts[:8])) + (", …" if len(counts) > 8 else "")
+
+
+def _is_stack(name: str, value: Tensor, examples: Sequence[Any]) -> bool:
+    for example in examples:
+        if not isinstance(example, Mapping):
+            return False
+        names = (name, *_OTHER_NAMES.get(name, ()))
+        own = next((example[n] for n in names if n in example), _MISSING)
+        if _axes(own) != value.dim() - 1:
+            return False
+    return True
+
+
+def _axes(value: Any) -> int | None:
+    """How many axes a tensor made of `value` has; None where that is not plain."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return int(value.ndim)
+    if isinstance(value, (int, float, np.generic)):
+        return 0
+    if isinstance(value, (list, tuple)) and value:
+        inner = _axes(value[0])
+        return None if inner is None else inner + 1
+    return None
+
+
+def _could_mislead(inputs: Mapping[str, Any], size: int) -> bool:
+    """Whether sizes may say the wrong thing of what belongs to which example.
+
+    So it is with lists, with several rows for each example, and where things of several kinds lie
+    side by side: as many images as texts need not be one for each.
+    """
+    seconds: dict[str, int | None] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            if value.dim() and value.shape[0] not in (1, size):
+                return True
+            if value.dim() and value.shape[0] == size:
+                seconds[name] = value.shape[1] if value.dim() > 1 else None
+        elif not isinstance(value, PLAIN):
+            return True
+    labels = {seconds.pop(name) for name in LABEL_NAMES if name in seconds} - {None}
+    masked = {axis for name in seconds for axis in inputs[name].shape[1:]}
+    kinds = {
+        second
+        for name, second in seconds.items()
+        if second not in labels and not (name.endswith("mask") and second in masked)
+    }
+    return len(kinds) > 1
+
+
+def _leaves(value: Any, share: Share, path: str) -> Iterator[tuple[str, Any, Share]]:
+    items: Iterable[tuple[Any, Any, Share]]
+    if isinstance(share, Mapping):
+        items = [(name, value[name], inner) for name, inner in share.items()]
+    elif isinstance(share, list):
+        items = [(i, value[i], inner) for i, inner in enumerate(share)]
+    else:
+        yield path, value, share
+        return
+    for name, item, inner in items:
+        yield from _leaves(item, inner, f"{path}.{name}" if path else str(name))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def _take(value: Any, share: Share, examples: Sequence[int]) -> Any:
+    if isinstance(share, Rows):
+        return _take_rows(value, share, examples)
+    if isinstance(share, Mapping):
+        taken = _take_items(value, share, examples)
+        if type(value) is dict:
+            return taken
+        made = copy.copy(value)
+        for name in set(value) - taken.keys():
+            del made[name]
+        for name, item in taken.items():
+            made[name] = item
+        return made
+    if isinstance(share, list):
+        items = [_take(item, inner, examples) for item, inner in zip(value, share, strict=True)]
+        return _like(value, items)
+    return value
+
+
+def _take_items(
+    value: Mapping[str, Any], shares: Mapping[str, Share], examples: Sequence[int]
+) -> dict[str, Any]:
+    return {
+        name: _take(item, shares[name], examples)
+        for name, item in value.items()
+        if not _is_left_out(shares[name], examples)
+    }
+
+
+def _is_left_out(share: Share, examples: Sequence[int]) -> bool:
+    return isinstance(share, Rows) and share.optional and not any(share.counts[n] for n in examples)
+
+
+def _take_rows(value: Any, share: Rows, examples: Sequence[int]) -> Any:
+    starts = [0, *itertools.accumulate(share.counts)]
+    rows = [row for n in examples for row in range(starts[n], starts[n + 1])]
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value[rows]
+    return _like(value, [value[row] for row in rows])
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    if isinstance(value, tuple):
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return items

@@ -1,0 +1,101 @@
+"""What has been proved of a model: for which batches the one-backward engine keeps examples apart.
+
+A proof is remembered for as long as the model lives, by all that a forward depends on but the
+values of weights and inputs: its modules, their code, hooks and plain attributes, configurations,
+the parameters that are estimated, and autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hf_ewc.fisher.engine.verification import Comparison
+from hf_ewc.fisher.examples.layout import PLAIN
+from hf_ewc.parameters.sharding import local_part
+
+# How often parameters that had no gradient when a proof was made are looked at again.
+_LATER_PROOFS = 3
+
+
+class Mixed(Exception):
+    """The one-backward engine has mixed the examples of a batch, which was not added.
+
+    Args:
+        names: the parameters in which it shows.
+        earlier: those of them that batches before may have got wrong without a proof.
+    """
+
+    def __init__(self, names: list[str], earlier: list[str]) -> None:
+        super().__init__(", ".join(names[:5]))
+        self.earlier = earlier
+
+
+@dataclass
+class Proofs:
+    """The structures of batches and the parameters that were proved."""
+
+    structures: set[Hashable] = field(default_factory=set)
+    parameters: set[str] = field(default_factory=set)
+    _later: int = 0
+
+    def are_due(self, structure: Hashable, totals: Mapping[str, Tensor]) -> bool:
+        """For a batch of a new structure, or a parameter that has had its first gradient since.
+
+        So it is with experts that got no token.
+        """
+        if structure not in self.structures:
+            return True
+        if self._later >= _LATER_PROOFS or not self.unproved(totals):
+            return False
+        self._later += 1
+        return True
+
+    def unproved(self, totals: Mapping[str, Tensor]) -> list[str]:
+        """The parameters that have had a gradient, but none in a proof."""
+        new = [name for name in totals if name not in self.parameters]
+        return [name for name in new if local_part(totals[name]).any()]
+
+    def add(self, structure: Hashable, found: Comparison) -> None:
+        if found.proved:
+            self.structures.add(structure)
+            self.parameters |= found.proved
+
+
+_remembered: WeakKeyDictionary[nn.Module, dict[Hashable, Proofs]] = WeakKeyDictionary()
+
+
+def proofs_of(model: nn.Module, parameters: Iterable[str]) -> Proofs:
+    """What was proved of this model, as it is now."""
+    of_model = _remembered.setdefault(model, {})
+    proofs = of_model.setdefault((tuple(parameters), _fingerprint(model)), Proofs())
+    proofs._later = 0
+    return proofs
+
+
+def _fingerprint(model: nn.Module) -> Hashable:
+    modules = tuple((name, *_of_module(module)) for name, module in model.named_modules())
+    tied = {id(p): name for name, p in model.named_parameters()}
+    parameters = tuple(
+        (name, tied[id(p)], tuple(p.shape), p.stride(), p.dtype, p.requires_grad)
+        for name, p in model.named_parameters(remove_duplicate=False)
+    )
+    configs = {id(c): str(c) for m in model.modules() if (c := getattr(m, "config", None))}
+    autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return modules, parameters, tuple(configs.values()), autocast
+
+
+def _of_module(module: nn.Module) -> tuple[Any, ...]:
+    plain = tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, PLAIN) and name != "training"
+    )
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    own = vars(module).get("forward")
+    return type(module), type(module).forward, id(own), tuple(map(len, hooks)), plain

@@ -1,0 +1,369 @@
+"""Which rows of a batch belong to which example, and for which batches the fast way is proved."""
+
+from __future__ import annotations
+
+import copy
+
+import fisher_oracle as oracle
+import pytest
+import torch
+import transformers as t
+from torch import nn
+
+from hf_ewc import estimate_fisher
+from hf_ewc.fisher import replicas
+
+PICTURE = 9
+
+
+class Pictures(nn.Module):
+    """Reads texts in which each PICTURE stands for the next of all pictures."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.eye, self.head = nn.Embedding(10, 5), nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, ids, pictures=None, counts=None, labels=None):
+        hidden = self.words(ids)
+        if pictures is not None:
+            seen = torch.tanh(self.eye(pictures))
+            hidden = hidden.masked_scatter((ids == PICTURE).unsqueeze(-1), seen)
+        return {"logits": self.head(torch.tanh(hidden).mean(1))}
+
+
+class Heads(nn.Module):
+    """A head for each name."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(3, 5)
+        self.heads = nn.ModuleDict({name: nn.Linear(5, 2) for name in "ab"})
+
+    def forward(self, x, names, labels=None):
+        hidden = torch.tanh(self.body(x))
+        logits = torch.zeros(len(x), 2, dtype=x.dtype)
+        for name in sorted(set(names)):
+            rows = torch.tensor([n for n, other in enumerate(names) if other == name])
+            logits = logits.index_put((rows,), self.heads[name](hidden[rows]))
+        return {"logits": logits}
+
+
+class Boxes(nn.Module):
+    """Sums over the boxes of each example, of which there are more or fewer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, boxes, labels=None):
+        boxes = boxes["boxes"] if isinstance(boxes, dict) else boxes
+        boxes = [box["box"] if isinstance(box, dict) else box for box in boxes]
+        return {"logits": torch.stack([self.head(torch.tanh(self.inner(b)).sum(0)) for b in boxes])}
+
+
+def randn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(counts):
+    rows = []
+    for seed, count in enumerate(counts):
+        ids = torch.arange(6).add(seed) % 8
+        ids[:count] = PICTURE
+        rows.append({"ids": ids, "pictures": randn(count, 3, seed=seed), "labels": seed % 2})
+    return rows
+
+
+def stacked(rows, *names):
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
+
+
+def join(rows):
+    batch = stacked(rows, "ids", "labels")
+    pictures = torch.cat([row["pictures"] for row in rows])
+    return {**batch, "pictures": pictures} if len(pictures) else batch
+
+
+def join_and_count(rows):
+    counts = torch.tensor([len(row["pictures"]) for row in rows])
+    return {**join(rows), "counts": counts}
+
+
+def name_each(rows):
+    return {**stacked(rows, "x", "labels"), "names": [row["name"] for row in rows]}
+
+
+def list_boxes(rows):
+    return {**stacked(rows, "labels"), "boxes": [row["box"] for row in rows]}
+
+
+def list_dicts(rows):
+    return {**stacked(rows, "labels"), "boxes": [{"box": row["box"]} for row in rows]}
+
+
+def dict_of_lists(rows):
+    return {**stacked(rows, "labels"), "boxes": {"boxes": [row["box"] for row in rows]}}
+
+
+def names(count=8):
+    rows = ({"x": randn(3, seed=n), "name": "ab"[(n // 2 + n) % 2]} for n in range(count))
+    return [{**row, "labels": n % 2} for n, row in enumerate(rows)]
+
+
+def boxes(sizes):
+    return [{"box": randn(k, 3, seed=n), "labels": n % 2} for n, k in enumerate(sizes)]
+
+
+def by_hand(model, rows, collate):
+    """(1/N) Σ_n (∂ log p(y_n | x_n))² of batches of one, in float64."""
+    twin = copy.deepcopy(model).double()
+    parameters = dict(twin.named_parameters())
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row in rows:
+        double = {k: v.double() if _floats(v) else v for k, v in row.items()}
+        one = collate([double])
+        label = int(one.pop("labels"))
+        score = twin(**one)["logits"].log_softmax(-1)[0, label]
+        gradients = torch.autograd.grad(score, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient**2 / len(rows)
+    return total
+
+
+def _floats(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+CASES = {
+    "one picture each": (Pictures, texts([1] * 8), join),
+    "two pictures each": (Pictures, texts([2] * 8), join),
+    "as many pictures as texts": (Pictures, texts([1] * 4 + [2, 0, 1, 1]), join),
+    "more pictures": (Pictures, texts([1] * 4 + [1, 3, 2, 2]), join),
+    "unequal at first": (Pictures, texts([2, 0, 1, 1, 1, 1, 1, 1]), join),
+    "no picture in a batch": (Pictures, texts([1, 1, 1, 1, 0, 0, 0, 0]), join),
+    "with their counts": (Pictures, texts([1] * 4 + [0, 2, 2, 0]), join_and_count),
+    "names": (Heads, names(), name_each),
+    "lists of boxes": (Boxes, boxes([2, 1, 3, 2, 4, 4, 4, 4]), list_boxes),
+    "as many boxes as examples": (Boxes, boxes([4, 4, 4, 4, 1, 2, 3, 2]), list_boxes),
+    "lists of dicts": (Boxes, boxes([1, 1, 2, 2, 3, 3, 1, 2]), list_dicts),
+    "dicts of lists": (Boxes, boxes([2, 2, 2, 2, 1, 3, 1, 3]), dict_of_lists),
+}
+
+
+# Where nothing says which picture is whose once they lie in one batch.
+UNEQUAL = (
+    "as many pictures as texts", "more pictures", "unequal at first", "with their counts",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The (examples|one-backward)")
+@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_examples_are_taken_apart_as_they_are_collated(case, loader):
+    kind, rows, collate = CASES[case]
+    model = kind()
+    expected = by_hand(model, rows, collate)
+    if loader:
+        data = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=collate)
+        fisher = estimate_fisher(model, data, fisher_type="empirical")
+    else:
+        fisher = estimate_fisher(
+            model, rows, data_collator=collate, fisher_type="empirical", batch_size=4
+        )
+    assert fisher.num_examples == 8
+    oracle.assert_close(fisher.diagonal, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The (examples|one-backward)")
+@pytest.mark.parametrize("case", CASES)
+def test_batches_that_come_collated_are_right_or_refused(case):
+    kind, rows, collate = CASES[case]
+    batches = [collate(rows[:4]), collate(rows[4:])]
+    if case not in UNEQUAL:
+        fisher = estimate_fisher(kind(), iter(batches), fisher_type="empirical")
+        oracle.assert_close(fisher.diagonal, by_hand(kind(), rows, collate))
+    else:
+        with pytest.raises(ValueError, match="batch_size=1"):
+            estimate_fisher(kind(), iter(batches), fisher_type="empirical")
+
+
+@pytest.mark.parametrize("case", ["as many pictures as texts", "lists of boxes"])
+def test_what_is_no_row_for_each_example_is_said(case):
+    kind, rows, collate = CASES[case]
+    options = {"data_collator": collate, "fisher_type": "empirical", "batch_size": 4}
+    with pytest.warns(UserWarning, match="are not a row each: (pictures|boxes)"):
+        estimate_fisher(kind(), rows, **options)
+    with pytest.raises(ValueError, match="fisher_batch_size=1"):
+        estimate_fisher(kind(), rows, fallback="error", **options)
+
+
+class Drawing:
+    """A collator that draws at random, as one for masked language models does."""
+
+    def __call__(self, rows):
+        x = torch.stack([row["x"] for row in rows])
+        kept = torch.rand(len(rows), 3) < 0.5
+        return {"x": x * kept, "names": ["a"] * len(rows), "labels": torch.zeros(len(rows)).long()}
+
+
+def test_looking_at_single_examples_draws_nothing_anew():
+    """A list makes the collator be asked for single examples; the batch's own draws are used."""
+    model, rows, drawn, random = Heads(), names(), [], Drawing()
+
+    def collate(some):
+        batch = random(some)
+        if len(some) > 1:
+            drawn.append(batch)
+        return batch
+
+    torch.manual_seed(3)
+    actual = estimate_fisher(
+        model, rows, data_collator=collate, fisher_type="empirical", batch_size=4
+    )
+    expected = estimate_fisher(model, iter(drawn), fisher_type="empirical")
+    torch.manual_seed(3)
+    again = [random(rows[:4]), random(rows[4:])]
+    assert torch.equal(drawn[0]["x"], again[0]["x"])
+    oracle.assert_close(actual.diagonal, {k: v.double() for k, v in expected.diagonal.items()})
+
+
+# What a proof holds for
+
+
+class Sometimes(nn.Module):
+    """Works on (time, batch, features) where it is told to, or for what it takes in float64."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.late = nn.Linear(3, 5)
+
+    def forward(self, x, how=None, mask=None, labels=None):
+        time_first = how == "time first" or mask is not None or x.dtype == torch.float64
+        x = x.to(self.inner.weight.dtype)
+        if time_first:
+            hidden = torch.tanh(self.inner(x.transpose(0, 1))).mean(0)
+        else:
+            hidden = torch.tanh(self.inner(x)).mean(1)
+        return {"logits": self.head(hidden)}
+
+
+def batch_of(count, seed, **more):
+    return {"x": randn(count, 8, 3, seed=seed), "labels": torch.arange(count) % 2, **more}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        batch_of(4, 3, how="time first"),
+        batch_of(4, 3, mask=torch.ones(4, 8, dtype=torch.bool)),
+        {**batch_of(4, 3), "x": randn(4, 8, 3, seed=3).double()},
+    ],
+    ids=["a value", "a further input", "a dtype"],
+)
+def test_a_batch_of_another_structure_is_proved_anew(other):
+    model = Sometimes()
+    batches = [batch_of(4, 1), batch_of(4, 2), other]
+    with pytest.warns(UserWarning, match="differs from single examples"):
+        fisher = estimate_fisher(model, iter(batches), fisher_type="empirical")
+    rows = [{name: _row(v, n) for name, v in batch.items()} for batch in batches for n in range(4)]
+    oracle.assert_close(fisher.diagonal, by_hand(model, rows, lambda rows: rows[0]))
+
+
+def _row(value, n):
+    return value[n : n + 1] if isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture
+def proofs(monkeypatch):
+    """How often an example was compared with itself alone."""
+    made = []
+    compare = replicas.compare_with_alone
+    monkeypatch.setattr(
+        replicas, "compare_with_alone", lambda *args: made.append(args[2]) or compare(*args)
+    )
+    return made
+
+
+def test_a_proof_holds_for_batches_alike_and_is_remembered(proofs):
+    model = Sometimes()
+    batches = [batch_of(4, 1), batch_of(4, 2), batch_of(3, 3)]
+    estimate_fisher(model, iter(batches), fisher_type="empirical")
+    assert [len(batch) for batch in proofs] == [4, 3]
+    with torch.no_grad():
+        model.head.weight.add_(0.1)
+    estimate_fisher(model, iter(batches), fisher_type="exact")
+    assert len(proofs) == 2
+    estimate_fisher(copy.deepcopy(model), iter(batches))
+    assert len(proofs) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "head", nn.Sequential(nn.Linear(5, 2))),
+        lambda model: setattr(model, "forward", lambda *a, **k: Sometimes.forward(model, *a, **k)),
+        lambda model: model.inner.register_forward_hook(lambda module, args, output: output * 2),
+        lambda model: setattr(model, "scale", 2.0),
+        lambda model: model.late.requires_grad_(False),
+    ],
+    ids=["a head", "a forward", "a hook", "an attribute", "a frozen layer"],
+)
+def test_a_model_that_has_changed_is_proved_anew(change, proofs):
+    model = Sometimes()
+    estimate_fisher(model, iter([batch_of(4, 1)]))
+    change(model)
+    estimate_fisher(model, iter([batch_of(4, 1)]))
+    assert len(proofs) == 2
+
+
+# Forwards that fail
+
+
+def test_a_model_that_takes_one_example_at_a_time():
+    """Without a pad token a decoder cannot tell where several texts end."""
+    torch.manual_seed(0)
+    config = t.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, num_labels=2)
+    model = t.GPT2ForSequenceClassification(config)
+    rows = [{"input_ids": torch.arange(5).add(n) % 20, "labels": n % 2} for n in range(5)]
+    expected = estimate_fisher(model, rows, batch_size=1)
+    with pytest.warns(UserWarning, match="fails on several examples at once .*padding token"):
+        fisher = estimate_fisher(model, rows)
+    assert fisher == expected
+    with pytest.raises(ValueError, match="padding token"):
+        estimate_fisher(model, rows, fallback="error")
+
+
+def test_texts_of_unequal_lengths_without_a_collator_that_pads():
+    torch.manual_seed(0)
+    config = t.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, num_labels=2)
+    model = t.GPT2ForSequenceClassification(config)
+    rows = [{"input_ids": torch.arange(3 + n) % 20, "labels": n % 2} for n in range(5)]
+    expected = estimate_fisher(model, rows, batch_size=1)
+    with pytest.warns(UserWarning, match="data_collator fails on several .*fisher_batch_size=1"):
+        fisher = estimate_fisher(model, rows)
+    assert fisher == expected
+
+
+class Strict(Sometimes):
+    def forward(self, x, labels=None):
+        if x.shape[-1] != 3:
+            raise IndexError("three features")
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:The one-backward")
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_forward_that_fails_is_explained(batch_size):
+    rows = [{"x": randn(8, 4, seed=n), "labels": n % 2} for n in range(4)]
+    with pytest.raises(ValueError, match=r"IndexError: three .*fisher_batch_size=1") as seen:
+        estimate_fisher(Strict(), rows, batch_size=batch_size)
+    assert isinstance(seen.value.__cause__, IndexError)
+    extra = [{"x": randn(8, 3, seed=n), "weight": 1.0, "labels": n % 2} for n in range(4)]
+    with pytest.raises(ValueError, match=r"weight.*without further columns"):
+        estimate_fisher(Strict(), extra, fallback="error", batch_size=1)
