@@ -44,46 +44,57 @@ class EWCConfig:
     ewc_lambda: float = field(
         default=1000.0,
         metadata=_help(
-            "Strength λ of the penalty (λ/2) Σ F (θ − θ*)². At least 0; 0 switches it off."
+            "Strength λ of the penalty (λ/2) Σ F (θ − θ*)². At least 0; 0 switches it off. Larger "
+            "where earlier tasks are forgotten, smaller where new ones are not learned; try powers "
+            "of ten."
         ),
     )
     ewc_mode: str = field(
         default="online",
         metadata=_help(
             "How tasks add up: 'online' anchors at the newest parameters (Schwarz et al. 2018), "
-            "'separate' keeps the exact sum of one penalty a task (Kirkpatrick et al. 2017).",
+            "'separate' keeps the exact sum of one penalty a task (Kirkpatrick et al. 2017), in as "
+            "much memory: for early tasks that should keep pulling to where they were learned.",
             choices=MODES,
         ),
     )
     ewc_gamma: float = field(
         default=1.0,
         metadata=_help(
-            "Decay γ of the earlier importance at each consolidation, F ← γ F + F_new. 0 to 1."
+            "Decay γ of the earlier importance at each consolidation, F ← γ F + F_new. 0 to 1. "
+            "Below 1 where a long row of tasks leaves no room to learn: old ones fade."
         ),
     )
     ewc_lambda_growth: float = field(
         default=1.0,
-        metadata=_help("λ after k consolidated tasks is ewc_lambda · growth^(k − 1). Above 0."),
+        metadata=_help(
+            "λ after k consolidated tasks is ewc_lambda · growth^(k − 1). Above 0. Other than 1 "
+            "where the right λ is seen to change from task to task."
+        ),
     )
     ewc_layer_lambdas: dict[str, float] | str | None = field(
         default=None,
         metadata=_help(
             "λ by pattern in place of ewc_lambda, as JSON: a pattern is a suffix of the name of a "
-            "module or parameter, or a regular expression for one; the longest match wins."
+            "module or parameter, or a regular expression for one; the longest match wins. For "
+            "layers that should move more than the others, or less."
         ),
     )
     ewc_target_modules: list[str] | str | None = field(
         default=None,
         metadata=_help(
             "Protect only the parameters in these modules: suffixes of module names, one regular "
-            "expression, or 'all-linear'. By default all that are trainable.",
+            "expression, or 'all-linear'. By default all that are trainable. For a smaller state, "
+            "or where only some layers hold what should last.",
             nargs="+",
         ),
     )
     ewc_exclude_modules: list[str] | str | None = field(
         default=None,
         metadata=_help(
-            "Leave the parameters in these modules free; given as ewc_target_modules.", nargs="+"
+            "Leave the parameters in these modules free; given as ewc_target_modules. For a head "
+            "that each task trains anew.",
+            nargs="+",
         ),
     )
     ewc_space: str = field(
@@ -99,50 +110,68 @@ class EWCConfig:
     ewc_state_dtype: str = field(
         default="float32",
         metadata=_help(
-            "How the importance is held and saved. In half precision with one scale a tensor.",
+            "How the importance is held and saved. In half precision, with one scale a tensor, for "
+            "a state of three quarters the size.",
             choices=STATE_DTYPES,
         ),
     )
     ewc_keep_fraction: float = field(
         default=1.0,
         metadata=_help(
-            "Share of all importances, the largest, that is kept, as sparse tensors. Above 0 to 1."
+            "Share of all importances, the largest, that is kept, as sparse tensors. Above 0 to 1. "
+            "Below 1 where the state is too large for disk or memory."
         ),
     )
     ewc_offload: bool = field(
         default=False,
-        metadata=_help("Hold the state in CPU memory and bring it to the device a part at a time."),
+        metadata=_help(
+            "Hold the state in CPU memory and bring it to the device a part at a time. For when "
+            "GPU memory runs out; steps take longer."
+        ),
     )
     ewc_log_groups: bool = field(
-        default=False, metadata=_help("Log the penalty of each group of layers as well.")
+        default=False,
+        metadata=_help("Log the penalty of each group of layers as well, to see where it pulls."),
     )
     fisher_type: str = field(
         default="auto",
         metadata=_help(
             "Expectation over the labels: 'exact' over the model's own classes, 'sampled' from the "
             "model, 'empirical' the true label, 'batched' squares of batch gradients; "
-            "'auto' is exact where classes are few, else sampled.",
+            "'auto' is exact where classes are few, else sampled. 'empirical' for a quicker, "
+            "coarser estimate; 'batched' to compare with other libraries.",
             choices=FISHER_CHOICES,
         ),
     )
     fisher_samples: int | None = field(
         default=200,
         metadata=_help(
-            "Examples that the Fisher is estimated on; -1 (in Python also None) takes all."
+            "Examples that the Fisher is estimated on; -1 (in Python also None) takes all. More "
+            "where results differ from one fisher_seed to another."
         ),
     )
     fisher_draws: int = field(
-        default=1, metadata=_help("Labels drawn for an example when fisher_type is 'sampled'.")
+        default=1,
+        metadata=_help(
+            "Labels drawn for an example when fisher_type is 'sampled'. More for less noise where "
+            "examples are few; each takes a backward pass."
+        ),
     )
     fisher_batch_size: int = field(
-        default=8, metadata=_help("Examples in a batch of the estimate; changes its speed only.")
+        default=8,
+        metadata=_help("Examples in a batch of the estimate; changes its speed and memory only."),
     )
     fisher_stratified: bool = field(
         default=False,
-        metadata=_help("Draw the examples evenly over the labels instead of at random."),
+        metadata=_help(
+            "Draw the examples evenly over the labels instead of at random. For rare classes."
+        ),
     )
     fisher_seed: int = field(
-        default=0, metadata=_help("Seed of the choice of examples and of sampled labels.")
+        default=0,
+        metadata=_help(
+            "Seed of the choice of examples and of sampled labels. Another one for repetitions."
+        ),
     )
 
     def __post_init__(self) -> None:
