@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -57,14 +57,14 @@ class ActivePenalty:
         online = self._settings.ewc_mode == "online"
         warn_about(self.penalty, at_anchor=online and global_step == 0)
 
-    def join_steps_of(self, engine: Any, add: Callable[[], None]) -> None:
-        """Let DeepSpeed's engine, which takes its step inside the backward pass, call `add`."""
-        penalty = self.penalty
-        deepspeed.around_each_step(engine, add, lambda: deepspeed.clear_gradients(penalty))
+    def add_gradients(self, loss_scale: float = 1.0, members: Container[int] | None = None) -> None:
+        """Add `loss_scale` · λ F (θ − θ*) to the gradients, and the value to the log.
 
-    def add_gradients(self, loss_scale: float = 1.0) -> None:
-        """Add `loss_scale` · λ F (θ − θ*) to the gradients, and the value to the log."""
-        self._note(self.penalty.add_gradients(loss_scale))
+        Args:
+            loss_scale: what the gradients in place are multiplied by.
+            members: numbers of the penalty's terms that are meant; None: all.
+        """
+        self._note(self.penalty.add_gradients(loss_scale, members))
 
     def add_gradients_in(self, engine: Any) -> None:
         """As `add_gradients`, to the gradients that DeepSpeed's engine keeps."""

@@ -41,10 +41,14 @@ class AdaptedTerm:
         return bool(self.trained)
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """What the weight is made of."""
+        return list(self.weight.parameters())
+
+    @property
     def trained(self) -> list[Tensor]:
         """What gets the gradient."""
-        parameters = self.weight.parameters() if self.strength > 0 else []
-        return [parameter for parameter in parameters if parameter.requires_grad]
+        return [p for p in self.parameters if self.strength > 0 and p.requires_grad]
 
     def is_on(self, weight: object) -> bool:
         """Whether `weight` is made of the same tensors as this one was."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,11 @@ class Term:
     def is_pulled(self) -> bool:
         """Whether this parameter gets a gradient from the penalty."""
         return self.strength > 0 and self.parameter.requires_grad
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the value depends on."""
+        return [self.parameter]
 
     @property
     def trained(self) -> list[Tensor]:
@@ -106,6 +111,8 @@ class Penalty:
     def set_strengths(self, strengths: Mapping[str, float]) -> None:
         """Take other λ by parameter name, for every name of the state."""
         self.terms = [replace(term, strength=strengths[term.name]) for term in self.terms]
+        self._counted = [i for i, term in enumerate(self.terms) if term.strength > 0]
+        self._groups = _alike(self.terms, self._counted)
         self.constant = math.fsum(strengths[name] * value for name, value in self._offsets.items())
 
     @property
@@ -124,33 +131,63 @@ class Penalty:
 
     def values(self) -> Tensor:
         """λ/2 Σ F (θ − θ*)² of each term, [len(terms)], without `constant`; a collective."""
-        return _sweep(self.terms, None)
+        return self._sweep(None, None)
 
     def value(self) -> float:
         """λ/2 Σ F (θ − θ*)² + λ·offset as a float; waits for the device."""
         return float(self.values().sum().item()) + self.constant
 
-    def add_gradients(self, loss_scale: float = 1.0) -> Tensor:
+    def add_gradients(
+        self, loss_scale: float = 1.0, members: Container[int] | None = None
+    ) -> Tensor:
         """Add `loss_scale` · λ F (θ − θ*) to the gradients; returns `values`.
 
         A missing gradient counts as zero. Nothing waits for the device.
+
+        Args:
+            loss_scale: what the gradients in place are multiplied by.
+            members: numbers of the terms whose gradients are meant; None: all.
         """
-        return _sweep(self.terms, loss_scale)
+        return self._sweep(loss_scale, members)
+
+    @torch.no_grad()
+    def _sweep(self, loss_scale: float | None, members: Container[int] | None) -> Tensor:
+        """Values of all terms, [len(terms)]; with `loss_scale` gradients are added too."""
+        parts = []
+        for group in self._groups:
+            terms = [
+                (self.terms[i], loss_scale if members is None or i in members else None)
+                for i in group
+            ]
+            values = _value_and_gradient(terms)
+            parts.append(sharding.summed_over_parts(values, terms[0][0].parameter))
+        values = _in_order(parts, self._groups)
+        if len(self._counted) == len(self.terms):
+            return values
+        every = values.new_zeros(len(self.terms))
+        every[torch.tensor(self._counted, dtype=torch.long)] = values
+        return every
 
     def differentiable(self) -> Tensor:
         """The penalty as a 0-dim tensor with a graph, at the memory of the protected parameters."""
         total = torch.tensor(self.constant, dtype=torch.float32)
-        for term in filter(_counts, self.terms):
+        for term in (self.terms[i] for i in self._counted):
             total = total.to(term.parameter.device) + _differentiable(term)
         return total
 
+    @torch.no_grad()
     def relative_distances(self) -> list[tuple[AnyTerm, float]]:
         """‖θ − θ*‖ / ‖θ*‖ over the protected entries of each term that gets a gradient.
 
         Infinite where an anchor is zero and the parameter is not; a collective.
         """
         terms = [term for term in self.terms if term.is_pulled]
-        rows = _over_layouts(terms, _squares).tolist() if terms else []
+        groups = _alike(terms, range(len(terms)))
+        parts = []
+        for group in groups:
+            squares = _squares([terms[i] for i in group])
+            parts.append(sharding.summed_over_parts(squares, terms[group[0]].parameter))
+        rows = _in_order(parts, groups).tolist()
         return [(term, _ratio(*row)) for term, row in zip(terms, rows, strict=True)]
 
 
@@ -158,56 +195,36 @@ def _ratio(square: float, norm: float) -> float:
     return math.sqrt(square / norm) if norm > 0 else (math.inf if square > 0 else 0.0)
 
 
-def _sweep(terms: Sequence[AnyTerm], loss_scale: float | None) -> Tensor:
-    """Values of all terms, [len(terms)]; with `loss_scale` their gradients are added too."""
-
-    def values(members: Sequence[AnyTerm]) -> Tensor:
-        plain = [term for term in members if isinstance(term, Term)]
-        pieces = [piece(term, with_gradient=loss_scale is not None) for term in plain]
-        fused = value_and_gradient(pieces, 1.0 if loss_scale is None else loss_scale)
-        if len(plain) == len(members):
-            return fused
-        every = fused.new_zeros(len(members), device=members[0].parameter.device)
-        every[[i for i, term in enumerate(members) if isinstance(term, Term)]] = fused.to(every)
-        for i, term in enumerate(members):
-            if isinstance(term, AdaptedTerm):
-                every[i] = adapted_term.value_and_gradient(term, loss_scale)
-        return every
-
-    found = _over_layouts([term for term in terms if _counts(term)], values)
-    if len(found) == len(terms):
-        return found
-    every = found.new_zeros(len(terms))
-    every[[i for i, term in enumerate(terms) if _counts(term)]] = found
-    return every
-
-
-def _counts(term: AnyTerm) -> bool:
-    return term.strength > 0
-
-
-@torch.no_grad()
-def _over_layouts(
-    terms: Sequence[AnyTerm], function: Callable[[Sequence[AnyTerm]], Tensor]
-) -> Tensor:
-    """`function` of the terms that lie alike, summed over shards, in the order of `terms`.
-
-    `function` returns one row per term; so does this, on the first term's device.
-    """
-    if not terms:
-        return torch.zeros(0, dtype=torch.float64)
+def _alike(terms: Sequence[AnyTerm], numbers: Iterable[int]) -> list[list[int]]:
+    """The numbers of terms, those together whose parameters lie alike."""
     by_layout: dict[tuple[object, ...], list[int]] = {}
-    for i, term in enumerate(terms):
-        by_layout.setdefault(sharding.layout(term.parameter), []).append(i)
-    parts = []
-    for members in by_layout.values():
-        rows = function([terms[i] for i in members])
-        parts.append(sharding.summed_over_parts(rows, terms[members[0]].parameter))
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([i for members in by_layout.values() for i in members])
+    for i in numbers:
+        by_layout.setdefault(sharding.layout(terms[i].parameter), []).append(i)
+    return list(by_layout.values())
+
+
+def _in_order(parts: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of each group's members → in the order of their numbers, on the first one's device."""
+    if len(parts) < 2:
+        return parts[0] if parts else torch.zeros(0, dtype=torch.float64)
+    order = torch.tensor([number for group in groups for number in group])
     rows = torch.cat([part.to(parts[0].device) for part in parts])
     return rows[torch.argsort(order).to(rows.device)]
+
+
+def _value_and_gradient(terms: Sequence[tuple[AnyTerm, float | None]]) -> Tensor:
+    """Values of terms that lie alike, each with its loss scale, or None for no gradient."""
+    pieces = [piece(t, scale is not None) for t, scale in terms if isinstance(t, Term)]
+    loss_scale = next((scale for _, scale in terms if scale is not None), 1.0)
+    fused = value_and_gradient(pieces, loss_scale)
+    if len(pieces) == len(terms):
+        return fused
+    every = fused.new_zeros(len(terms), device=terms[0][0].parameter.device)
+    every[[i for i, (term, _) in enumerate(terms) if isinstance(term, Term)]] = fused.to(every)
+    for i, (term, scale) in enumerate(terms):
+        if isinstance(term, AdaptedTerm):
+            every[i] = adapted_term.value_and_gradient(term, scale)
+    return every
 
 
 def _protects(importance: PackedTensor) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.processes import check_launch
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.training import checkpoints, model_card
+from hf_ewc.training import checkpoints, deepspeed, model_card
 from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.converted_weights import load_converted
 from hf_ewc.training.estimation import fisher_of
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
+from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
 from hf_ewc.training.refusals import check_space, check_supported
 
 logger = logging.getLogger("hf_ewc")
@@ -67,6 +69,7 @@ class EWCMixin(_Base):
         self.ewc_config = ewc_config if ewc_config is not None else EWCConfig()
         self._ewc_state = EWCState()
         self._ewc_penalty: ActivePenalty | None = None
+        self._ewc_entry: OncePerStep | None = None
         self._ewc_has_begun = False  # whether this train() has taken its first step
         self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
@@ -103,7 +106,7 @@ class EWCMixin(_Base):
             check_supported(self)
             state.check(self._ewc_model)
         self._ewc_state = state
-        self._ewc_penalty, self._ewc_has_begun = None, False
+        self._ewc_drop_penalty()
 
     @property
     def _ewc_model(self) -> nn.Module:
@@ -197,33 +200,78 @@ class EWCMixin(_Base):
     ) -> Tensor:
         """Forward and backward of the task; at the end of a window, the penalty's gradient.
 
-        Returns the task loss; the logs add the penalty (see `log`).
+        Returns the task loss; the logs add the penalty (see `log`). Inside `train()` the gradient
+        enters around whatever `training_step` a subclass has, also one that does not call this.
         """
-        if not self._ewc_active:
+        with self._ewc_around_step(model):
+            if self._ewc_active:
+                self._ewc_correct_scaling(model, inputs, num_items_in_batch)
             return super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+
+    @contextmanager
+    def _ewc_around_step(self, model: nn.Module) -> Iterator[None]:
+        """Around the outermost training step: losses in it are the task's, then the penalty enters.
+
+        `OncePerStep` sees to optimizer steps that are taken before its end.
+        """
+        if self._ewc_in_step or not self._ewc_active:
+            yield
+            return
         if not self._ewc_has_begun:
             self._ewc_begin(model)
+        if self._ewc_entry is not None:
+            self._ewc_entry.forget()
         self._ewc_in_step = True
         try:
-            self._ewc_correct_scaling(model, inputs, num_items_in_batch)
-            loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
+            yield
         finally:
             self._ewc_in_step = False
         if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
-            self._ewc_add_gradients()
-        return loss
+            self._ewc_enter()
 
-    def _ewc_add_gradients(self) -> None:
-        """Add λ F (θ − θ*) to the gradients, in the units that a gradient scaler left them in."""
-        active = self._ewc_penalty
-        if active is None:
-            return
-        active.follow(self.ewc_config)
-        if self.is_deepspeed_enabled:
-            active.add_gradients_in(self.deepspeed)
-        else:
+    def _ewc_enter(self) -> None:
+        """Let the penalty's gradient enter, in the units that a gradient scaler left the others."""
+        if self._ewc_entry is not None and self._ewc_penalty is not None:
+            self._ewc_penalty.follow(self.ewc_config)
             scaler = self.accelerator.scaler
-            active.add_gradients(1.0 if scaler is None else float(scaler.get_scale()))
+            self._ewc_entry.enter(1.0 if scaler is None else float(scaler.get_scale()))
+
+    @contextmanager
+    def _ewc_watching(self) -> Iterator[None]:
+        """For the time of a run: see each training step, clipping and optimizer step."""
+
+        def before(*step: Any) -> Any:
+            if self._ewc_entry is None or self._ewc_penalty is None:
+                return None
+            self._ewc_penalty.follow(self.ewc_config)
+            return self._ewc_entry.before_step(*step)
+
+        def after(*step: Any) -> None:
+            if self._ewc_entry is not None:
+                self._ewc_entry.after_step(*step)
+
+        def around_step(step: Callable[..., Any]) -> Callable[..., Any]:
+            def with_penalty(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                with self._ewc_around_step(model):
+                    return step(model, *args, **kwargs)
+
+            return with_penalty
+
+        def before_clipping(clip: Callable[..., Any]) -> Callable[..., Any]:
+            def with_penalty(*args: Any, **kwargs: Any) -> Any:
+                if self.accelerator.sync_gradients:
+                    self._ewc_enter()
+                return clip(*args, **kwargs)
+
+            return with_penalty
+
+        with ExitStack() as stack:
+            stack.enter_context(replaced(self, "training_step", around_step))
+            if not self.is_deepspeed_enabled:
+                stack.enter_context(watched_optimizers(before, after))
+                for name in ("clip_grad_norm_", "clip_grad_value_"):
+                    stack.enter_context(replaced(self.accelerator, name, before_clipping))
+            yield
 
     def _ewc_correct_scaling(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
@@ -235,9 +283,15 @@ class EWCMixin(_Base):
                 self, model, inputs, num_items, self.compute_loss if own else None
             )
 
+    def _ewc_drop_penalty(self) -> None:
+        """The next use looks up anew what is protected."""
+        if self._ewc_entry is not None:
+            self._ewc_entry.close()
+        self._ewc_penalty, self._ewc_entry, self._ewc_has_begun = None, None, False
+
     def _ewc_expect_run(self) -> None:
         """Training begins: what was found out in an earlier run may not hold for this one."""
-        self._ewc_penalty, self._ewc_has_begun = None, False
+        self._ewc_drop_penalty()
         self._ewc_loss_is_scaled = False
 
     def _ewc_begin(self, model: nn.Module) -> None:
@@ -249,10 +303,18 @@ class EWCMixin(_Base):
         self._ewc_has_begun = True
         if not self._ewc_state:
             return
-        self._ewc_penalty = ActivePenalty(self._ewc_state, model, self.ewc_config)
-        self._ewc_penalty.begin(self.state.global_step)
-        if self.is_deepspeed_enabled:
-            self._ewc_penalty.join_steps_of(model, self._ewc_add_gradients)
+        self._ewc_penalty = active = ActivePenalty(self._ewc_state, model, self.ewc_config)
+        active.begin(self.state.global_step)
+        if not self.is_deepspeed_enabled:
+            self._ewc_entry = OncePerStep(active, model)
+            return
+
+        def add() -> None:
+            active.follow(self.ewc_config)
+            active.add_gradients_in(self.deepspeed)
+
+        # The engine takes its step inside the backward pass.
+        deepspeed.around_each_step(model, add, lambda: deepspeed.clear_gradients(active.penalty))
 
     def _ewc_check_patterns(self) -> None:
         """Refuse patterns that match nothing now, not after the training that they were meant for.
@@ -269,8 +331,8 @@ class EWCMixin(_Base):
     def _ewc_bound(self) -> ActivePenalty:
         """The penalty on the model's present parameters, also outside of a run."""
         if self._ewc_penalty is None or not self._ewc_penalty.penalty.fits(self._ewc_model):
+            self._ewc_drop_penalty()
             self._ewc_penalty = ActivePenalty(self._ewc_state, self._ewc_model, self.ewc_config)
-            self._ewc_has_begun = False
         self._ewc_penalty.follow(self.ewc_config)
         return self._ewc_penalty
 
@@ -300,7 +362,8 @@ class EWCMixin(_Base):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._ewc_resume(resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._ewc_watching():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         loss = output.metrics.get("train_loss", output.training_loss)
         return output._replace(training_loss=loss) if self._ewc_penalty is not None else output
 
