@@ -346,7 +346,7 @@ def test_the_correction_is_logged_once(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_the_probe_leaves_mode_and_random_numbers_alone(tmp_path: Path) -> None:
-    trainer = ewc_trainer("bert", arguments(tmp_path), 4)
+    trainer = ewc_trainer("bert", arguments(tmp_path, gradient_accumulation_steps=2), 4)
     model = trainer.model.train()
     model.bert.embeddings.eval()
     modes = [module.training for module in model.modules()]
@@ -385,7 +385,7 @@ def test_the_correction_holds_for_a_compute_loss_of_the_user(tmp_path: Path) -> 
 
 
 def test_a_batch_that_does_not_tell_leaves_the_question_open(tmp_path: Path) -> None:
-    trainer = ewc_trainer("bert", arguments(tmp_path), 4)
+    trainer = ewc_trainer("bert", arguments(tmp_path, gradient_accumulation_steps=2), 4)
     untold = {**batch(trainer), "labels": torch.full((2,), -100)}
     assert not correct_loss_scaling(trainer, trainer.model, untold, torch.tensor(2))
     assert trainer.model_accepts_loss_kwargs is True

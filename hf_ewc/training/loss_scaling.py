@@ -9,6 +9,7 @@ by accumulation steps × processes, and λ would change its meaning with both.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,52 +18,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_ewc.parameters.names import unwrap
+from hf_ewc.parameters.sharding import is_sharded
+from hf_ewc.training.repeatable import copied, same_buffers, same_random_numbers
 
 logger = logging.getLogger("hf_ewc")
-INCONCLUSIVE, IGNORES, USES = 0, 1, 2
+# What is found out, the answer of several processes being the largest of theirs.
+INCONCLUSIVE, IGNORES, USES, UNKNOWN = 0, 1, 2, 3
 # (model, inputs, num_items_in_batch=n) → the loss, as `Trainer.compute_loss` is called.
 ComputeLoss = Callable[..., Any]
-
-
-def item_count_use(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    num_items: Tensor | int,
-    compute_loss: ComputeLoss | None = None,
-) -> int:
-    """Compare the loss of one batch for n and for 2n items: IGNORES, USES or INCONCLUSIVE.
-
-    Runs in eval mode without gradients, and leaves mode and random numbers as they were.
-    INCONCLUSIVE where the batch has no finite loss, or one of zero: any divisor leaves those alone.
-    """
-    compute_loss = compute_loss or _models_loss
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(_devices(inputs)):
-            once, twice = (
-                compute_loss(model, dict(inputs), num_items_in_batch=num_items * factor)
-                for factor in (1, 2)
-            )
-    finally:
-        for module in training:
-            module.training = True
-    if not isinstance(once, Tensor) or not isinstance(twice, Tensor):
-        return INCONCLUSIVE
-    if not torch.isfinite(once).all() or not once.any():
-        return INCONCLUSIVE
-    return IGNORES if torch.allclose(once, twice, rtol=1e-3, atol=0.0) else USES
-
-
-def _models_loss(model: nn.Module, inputs: Mapping[str, Any], **items: Any) -> Any:
-    outputs = model(**inputs, **items)
-    return outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
-
-
-def _devices(inputs: Mapping[str, Any]) -> list[torch.device]:
-    """The CUDA devices of the inputs; the CPU's generator is always kept by `fork_rng`."""
-    found = {value.device for value in inputs.values() if isinstance(value, Tensor)}
-    return [device for device in found if device.type == "cuda"]
 
 
 def correct_loss_scaling(
@@ -74,7 +37,8 @@ def correct_loss_scaling(
 ) -> bool:
     """Let `trainer` scale the loss itself if the number of items is ignored; a collective.
 
-    Says so in the log.
+    Looks only where it matters: with several accumulation steps or processes. Says in the log what
+    was changed, or could not be found out.
 
     Args:
         compute_loss: the trainer's own way to a loss, which is then looked at; None: the model's.
@@ -82,24 +46,80 @@ def correct_loss_scaling(
     Returns:
         Whether the question is settled; if not, this batch did not tell.
     """
-    if num_items is None or not _expects_scaled_loss(trainer):
+    args = trainer.args
+    matters = args.gradient_accumulation_steps * args.world_size * max(args.n_gpu, 1) > 1
+    if num_items is None or not matters or not _expects_scaled_loss(trainer):
         return True
-    plain = unwrap(model)
-    use = item_count_use(plain, trainer._prepare_inputs(dict(inputs)), num_items, compute_loss)
+    plain, problem = unwrap(model), None
+    try:
+        use = _item_count_use(trainer, plain, inputs, num_items, compute_loss or _models_loss)
+    except Exception as error:
+        use, problem = UNKNOWN, error
     # The ranks have to agree: the number of items is summed over them.
     use = int(trainer.accelerator.gather(torch.tensor([use], device=trainer.args.device)).max())
+    owner = type(plain if compute_loss is None else trainer).__name__
+    if use == UNKNOWN and trainer.is_world_process_zero():
+        logger.warning(
+            "It could not be found out whether the loss of %s is divided by num_items_in_batch%s. "
+            "It is taken to be; where it is a mean over the batch, set loss_is_scaled_for_ga = "
+            "False on the trainer, or the task weighs too much against the EWC penalty.",
+            owner,
+            f" ({type(problem).__name__}: {problem})" if problem else "",
+        )
     if use != IGNORES:
-        return use == USES
+        return use in (USES, UNKNOWN)
     trainer.model_accepts_loss_kwargs = False
     if trainer.is_world_process_zero():
-        matters = trainer.args.gradient_accumulation_steps * trainer.args.world_size > 1
-        logger.log(
-            logging.WARNING if matters else logging.INFO,
+        logger.warning(
             "%s takes num_items_in_batch and ignores it (transformers issue 47688); the loss is "
             "now divided by the accumulation steps, so that ewc_lambda keeps its meaning.",
-            type(plain if compute_loss is None else trainer).__name__,
+            owner,
         )
     return True
+
+
+def _item_count_use(
+    trainer: Trainer,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    num_items: Tensor | int,
+    compute_loss: ComputeLoss,
+) -> int:
+    """Compare losses of one batch under the conditions of training, and leave all as it was.
+
+    Each begins with the same random numbers, on inputs of its own, with gradients; but where
+    parameters are in shards, a forward that no backward follows is left without a graph.
+    """
+    owners = [trainer, *model.modules()]
+    with_graph = not any(map(is_sharded, model.parameters()))
+    with same_random_numbers(owners), same_buffers(model), torch.set_grad_enabled(with_graph):
+        prepared = trainer._prepare_inputs(copied(inputs))
+
+        def loss(factor: int) -> float:
+            with same_random_numbers(owners):
+                found = compute_loss(model, copied(prepared), num_items_in_batch=num_items * factor)
+            return float(found.detach().double().mean()) if isinstance(found, Tensor) else 0.0
+
+        return judged(loss(1), loss(1), loss(2))
+
+
+def judged(once: float, again: float, doubled: float) -> int:
+    """What the losses for n, again n, and 2n items say: IGNORES, USES, INCONCLUSIVE or UNKNOWN.
+
+    INCONCLUSIVE if they are not finite or zero: any divisor leaves those alone. A loss that differs
+    for the same n is compared roughly: it is halved, or it is not.
+    """
+    if not all(map(math.isfinite, (once, again, doubled))) or once == 0.0:
+        return INCONCLUSIVE
+    if abs(once - again) <= 1e-5 * abs(once):
+        return IGNORES if abs(once - doubled) <= 1e-3 * abs(once) else USES
+    share = 2 * doubled / (once + again)
+    return USES if abs(share - 0.5) < 0.1 else IGNORES if abs(share - 1) < 0.2 else UNKNOWN
+
+
+def _models_loss(model: nn.Module, inputs: Mapping[str, Any], **items: Any) -> Any:
+    outputs = model(**inputs, **items)
+    return outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
 
 
 def has_own_loss(trainer_type: type, mixin: type) -> bool:
