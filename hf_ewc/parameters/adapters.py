@@ -193,7 +193,7 @@ def value_of(weight: nn.Parameter | AdaptedWeight) -> Tensor:
         return sharding.values(weight)
     with gathered(weight.parameters()):
         value = weight.current().detach()
-        return sharding.values_like(value, weight.base)
+        return sharding.values_like(sharding.place_like(value, weight.base), weight.base)
 
 
 @contextmanager
