@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,15 +26,19 @@ class Fisher:
             DTensors where the parameters are.
         num_examples: N, the examples that were counted (those with at least one labelled position).
         fisher_type: how the expectation was taken: "exact", "sampled", "empirical" or "batched".
+        labels_per_example: T, the mean number of labels of an example, over which log p is a sum:
+            1 for a classifier, the labelled tokens of a sequence for a language model. Losses are
+            means over labels, so a state holds F / T.
 
     Raises:
-        ValueError: an entry is below zero or not finite, N is below 1, the type is unknown.
+        ValueError: an entry is below zero or not finite, N or T is below 1, the type is unknown.
         TypeError: an entry is not a floating-point tensor.
     """
 
     diagonal: Mapping[str, Tensor]
     num_examples: int = 1
     fisher_type: str = "exact"
+    labels_per_example: float = 1.0
 
     def __post_init__(self) -> None:
         if self.fisher_type not in FISHER_TYPES:
@@ -44,6 +49,11 @@ class Fisher:
             raise ValueError(
                 f"num_examples is {self.num_examples!r}; it must be at least one example."
             )
+        if not 1.0 <= self.labels_per_example < math.inf:
+            raise ValueError(
+                f"labels_per_example is {self.labels_per_example!r}; an example that counts has at "
+                "least one label."
+            )
         checked = {name: _checked(name, value) for name, value in self.diagonal.items()}
         object.__setattr__(self, "diagonal", checked)
 
@@ -51,7 +61,8 @@ class Fisher:
         if not isinstance(other, Fisher):
             return NotImplemented
         return (
-            (self.num_examples, self.fisher_type) == (other.num_examples, other.fisher_type)
+            (self.num_examples, self.fisher_type, self.labels_per_example)
+            == (other.num_examples, other.fisher_type, other.labels_per_example)
             and self.diagonal.keys() == other.diagonal.keys()
             and all(torch.equal(f, other.diagonal[name]) for name, f in self.diagonal.items())
         )

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as t
 from architectures import ARCHITECTURES, build, classes, tokens
+from models import Examples, bert, llama
 from torch import nn
 
 from hf_ewc import Fisher, estimate_fisher
@@ -739,3 +740,25 @@ def test_the_type_does_not_hang_on_an_example_without_labels():
     model, batch = build("llama")
     batch["labels"][0] = -100
     assert estimate_fisher(model, [batch]).fisher_type == "sampled"
+
+
+# ---- Labels of an example ----
+
+
+def test_a_classifier_has_one_label_an_example():
+    assert estimate_fisher(bert(), Examples("bert", 5)).labels_per_example == 1.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_labels_of_a_language_model_are_its_labelled_tokens(batch_size):
+    examples = Examples("llama", 5)  # the first of six tokens is no label, and i % 4 more are none
+    labels = [int((examples[i]["labels"][1:] != -100).sum()) for i in range(5)]
+    fisher = estimate_fisher(llama(), examples, batch_size=batch_size)
+    assert fisher.labels_per_example == pytest.approx(sum(labels) / 5)
+
+
+def test_examples_without_a_label_do_not_count_in_the_mean():
+    rows = [dict(Examples("llama", 1)[0]) for _ in range(3)]
+    rows[1]["labels"] = torch.full_like(rows[1]["labels"], -100)
+    fisher = estimate_fisher(llama(), rows, batch_size=3)
+    assert (fisher.num_examples, fisher.labels_per_example) == (2, 5.0)

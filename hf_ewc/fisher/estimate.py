@@ -217,7 +217,8 @@ def _finished(
     diagonal = {name: total.div_(divisor).float() for name, total in estimation.totals().items()}
     with processes.together():
         _require_finite(diagonal)
-    return Fisher(diagonal, count, estimation.fisher_type)
+    labels = processes.total(estimation.num_labels) / count
+    return Fisher(diagonal, count, estimation.fisher_type, max(labels, 1.0))
 
 
 def _require_finite(diagonal: Mapping[str, Tensor]) -> None:

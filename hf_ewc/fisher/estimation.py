@@ -95,6 +95,10 @@ class Estimation:
         return self._passes.num_examples
 
     @property
+    def num_labels(self) -> int:
+        return self._passes.num_labels
+
+    @property
     def fisher_type(self) -> str:
         return self._passes.fisher_type
 

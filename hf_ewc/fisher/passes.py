@@ -49,6 +49,7 @@ class Passes:
 
     def __init__(self, model: nn.Module, plan: Plan, *, never_none: bool = False) -> None:
         self.num_examples = 0
+        self.num_labels = 0
         self.fisher_type = plan.fisher_type
         self._model = model
         self._plan = plan
@@ -78,20 +79,20 @@ class Passes:
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
         """The examples of passes inside do not count."""
-        counted = self.num_examples
+        counted = self.num_examples, self.num_labels
         try:
             yield
         finally:
-            self.num_examples = counted
+            self.num_examples, self.num_labels = counted
 
     @contextlib.contextmanager
     def counted_if_done(self) -> Iterator[None]:
         """The examples of passes inside do not count where an error ends them."""
-        counted = self.num_examples
+        counted = self.num_examples, self.num_labels
         try:
             yield
         except BaseException:
-            self.num_examples = counted
+            self.num_examples, self.num_labels = counted
             raise
 
     def _of_user(self, batch: ExampleBatch) -> Iterator[Tensor]:
@@ -100,6 +101,7 @@ class Passes:
         _check_values(values, batch)
         kept = _kept(batch, values.device)
         self.num_examples += len(batch) - batch.padding
+        self.num_labels += len(batch) - batch.padding
         self.fisher_type = "batched" if self._plan.fisher_type == "batched" else "empirical"
         values = torch.where(kept, values, values.detach()) if batch.padding else values
         yield _finite(values.sum(), batch)
@@ -110,6 +112,7 @@ class Passes:
         if batch.padding:
             distribution = distribution.without(~kept)
         self.num_examples += int((distribution.labelled & kept).sum())
+        self.num_labels += distribution.num_labels
         self.fisher_type = self._settled_type(distribution)
         objective = None
         for objective in self._expectation(distribution, batch.ids):
