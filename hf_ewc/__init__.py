@@ -16,6 +16,7 @@ _MODULES = {
     "EWCState": "state.ewc_state",
     "EWCTrainer": "training.trainer",
     "Fisher": "importance",
+    "SequenceConfig": "tasks.sequence_config",
     "Task": "tasks.task",
     "estimate_fisher": "fisher",
     "run_tasks": "tasks.runner",
@@ -29,6 +30,7 @@ __all__ = [
     "EWCState",
     "EWCTrainer",
     "Fisher",
+    "SequenceConfig",
     "Task",
     "estimate_fisher",
     "run_tasks",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from hf_ewc.metrics import AccuracyMatrix
     from hf_ewc.state.ewc_state import EWCState
     from hf_ewc.tasks.runner import run_tasks
+    from hf_ewc.tasks.sequence_config import SequenceConfig
     from hf_ewc.tasks.task import Task
     from hf_ewc.training.trainer import EWCMixin, EWCSeq2SeqTrainer, EWCTrainer
 

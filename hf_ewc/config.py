@@ -270,8 +270,8 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         _refuse(name, value, "one of " + ", ".join(repr(choice) for choice in choices))
 
 
-def _layer_lambdas(value: object) -> dict[str, float] | None:
-    name, allowed = "ewc_layer_lambdas", "a dict from pattern to λ, or one as a JSON string"
+def _layer_lambdas(value: object, name: str = "ewc_layer_lambdas") -> dict[str, float] | None:
+    allowed = "a dict from pattern to number, or one as a JSON string"
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -8,9 +8,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.scenario import SCENARIOS, labels_of
+from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
 
 LONGEST_NAME = 200  # file systems take 255 bytes, of which the number of the task needs some
@@ -125,7 +127,7 @@ def check_tasks(
             )
 
 
-def check_types(tasks: Any, args: Any, config: Any) -> None:
+def check_types(tasks: Any, args: Any, config: Any, sequence: Any) -> None:
     """Refuse arguments of `run_tasks` that are something else: a `TypeError`."""
     if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
         raise TypeError("tasks must be a list of hf_ewc.Task, one for each task.")
@@ -133,6 +135,46 @@ def check_types(tasks: Any, args: Any, config: Any) -> None:
         raise TypeError(f"args must be TrainingArguments, got {type(args).__name__}.")
     if config is not None and not isinstance(config, EWCConfig):
         raise TypeError(f"ewc_config must be an EWCConfig or None, got {type(config).__name__}.")
+    if sequence is not None and not isinstance(sequence, SequenceConfig):
+        raise TypeError(
+            f"sequence_config must be a SequenceConfig or None, got {type(sequence).__name__}."
+        )
+
+
+def check_sequence(
+    tasks: Sequence[Task], args: TrainingArguments, trainer_class: type[Any], config: SequenceConfig
+) -> None:
+    """Refuse ways to train that these tasks or this trainer cannot have.
+
+    Raises:
+        ValueError, TypeError: with what is missing.
+    """
+    for task in tasks:
+        own_arguments(task, args)
+        if not isinstance(task.weight, (int, float)) or not 0 <= task.weight < float("inf"):
+            raise ValueError(
+                f"task {task.name!r} has the weight {task.weight!r}; allowed is a finite number "
+                "of at least 0."
+            )
+    if config.l2sp_lambda and not hasattr(trainer_class, "consolidate"):
+        raise TypeError(
+            f"l2sp_lambda is {config.l2sp_lambda:g}; {trainer_class.__name__} has no penalty: "
+            "trainer_class must be EWCTrainer or a class that begins with EWCMixin."
+        )
+    if not (config.replays or config.joint_training):
+        return
+    for task in tasks:
+        data = task.train_dataset
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise ValueError(
+                f"the training data of task {task.name!r} is a stream; to train on it again it "
+                "must have a length and examples by number."
+            )
+    if args.n_gpu > 1 and any(task.classes is not None for task in tasks):
+        raise ValueError(
+            f"one process has {args.n_gpu} GPUs, among which it would deal out batches whose rows "
+            "belong to different tasks; launch one process for each GPU (accelerate launch)."
+        )
 
 
 def check_score(task: Task, compute_metrics: Metrics | str | Sequence[str] | None) -> None:

@@ -37,6 +37,7 @@ class ClassMask:
         self.num_classes = int(self.heads[0].out_features)
         # Written in place: a compiled forward sees the change without compiling anew.
         self.masked = torch.zeros(self.num_classes, dtype=torch.bool)
+        self._by_row: Tensor | None = None
         self._handles: list[Any] = []
 
     @contextmanager
@@ -84,6 +85,20 @@ class ClassMask:
         finally:
             self.masked.copy_(before)
 
+    @contextmanager
+    def only_by_row(self, classes: Sequence[Sequence[int] | None]) -> Iterator[None]:
+        """Let only these classes through for each row of a batch; None lets all through."""
+        masked = torch.zeros(len(classes), self.num_classes, dtype=torch.bool)
+        for row, own in enumerate(classes):
+            if own is not None:
+                masked[row] = True
+                masked[row, list(own)] = False
+        self._by_row = masked
+        try:
+            yield
+        finally:
+            self._by_row = None
+
     def check(self, classes: Sequence[int]) -> None:
         """Raise a `ValueError` unless these are different classes of the head."""
         if not classes or len(set(classes)) < len(classes):
@@ -95,6 +110,9 @@ class ClassMask:
             )
 
     def _mask(self, module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+        if self._by_row is not None:
+            shape = (len(self._by_row), *(1,) * (logits.dim() - 2), self.num_classes)
+            return logits.masked_fill(self._by_row.to(logits.device).view(shape), MASKED)
         if self.masked.device != logits.device:
             self.masked = self.masked.to(logits.device)
         return logits.masked_fill(self.masked, MASKED)

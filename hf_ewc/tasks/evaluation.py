@@ -33,17 +33,18 @@ _TIMINGS = {
 
 
 def evaluate(
-    trainer: Any, tasks: Sequence[Task], plan: Plan, space: LabelSpace
+    trainer: Any, tasks: Sequence[Task], plan: Plan, space: LabelSpace, collator: Any
 ) -> dict[str, Figures]:
     """The metrics by task, each on its own evaluation data, with its own classes and collator.
 
     The trainer's collator and metrics are exchanged for each task's, and put back at the end.
+    `collator` is for the tasks that have none.
     """
     own = trainer.data_collator, trainer.compute_metrics
     found = {}
     try:
         for task in tasks:
-            trainer.data_collator = task.data_collator or plan.data_collator or own[0]
+            trainer.data_collator = task.data_collator or collator
             trainer.compute_metrics = metrics_of(task, plan, trainer.model)
             prefix = f"eval_{task.name}"
             with space.of(task):

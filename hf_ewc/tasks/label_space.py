@@ -52,6 +52,18 @@ class LabelSpace:
         with nullcontext() if self._mask is None else self._mask.only(classes):
             yield
 
+    @property
+    def tells_tasks_apart(self) -> bool:
+        """Whether what the model shows depends on the task."""
+        return self._mask is not None
+
+    @contextmanager
+    def of_rows(self, tasks: Sequence[Task]) -> Iterator[None]:
+        """Inside the block each row of a batch sees the model as its own task does."""
+        classes = [task.classes for task in tasks]
+        with nullcontext() if self._mask is None else self._mask.only_by_row(classes):
+            yield
+
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """The model without anything attached to it, inside the block."""

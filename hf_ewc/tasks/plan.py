@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Metrics, Task
 
 
@@ -25,6 +26,7 @@ class Plan:
     mask_training: bool
     evaluate_unseen: bool
     scenario: str
+    sequence: SequenceConfig
     log_likelihood: Callable[..., Any] | None
     trainer_kwargs: dict[str, Any]
 

@@ -81,6 +81,8 @@ class Record:
         ]
         if plan.config is not None:
             notes.append(plan.config.summary())
+        if plan.sequence.changes():
+            notes.append(f"Sequence: {plan.sequence.summary()}.")
         if plan.scenario == "class":
             notes.append(f"**{CLASS_INCREMENTAL}**")
         return notes

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from hf_ewc.files import write_atomically
 from hf_ewc.tasks.task import Task
 
 logger = logging.getLogger("hf_ewc")
@@ -84,10 +86,27 @@ class RunFolder:
             )
         # First the results: without them nothing that is left is taken for a whole run's.
         self.results.unlink(missing_ok=True)
+        (self.path / "replay.json").unlink(missing_ok=True)
         _remove(found)
         kept = [str(p) for folder in self._folders() for p in folder.rglob("*") if not p.is_dir()]
         if kept:
             logger.warning("Kept, since no run wrote it: %s.", ", ".join(kept))
+
+    def note_replay(self, index: int, replayed: Mapping[int, Sequence[int]]) -> None:
+        """Keep in `replay.json` which examples task `index` replays, by the tasks' numbers from 1.
+
+        Raises:
+            ValueError: the task has begun with others, as where the data have changed since.
+        """
+        path = self.path / "replay.json"
+        kept = json.loads(path.read_text()) if path.exists() and self.task(index).exists() else {}
+        now = {str(task + 1): list(indices) for task, indices in replayed.items()}
+        if kept.get(str(index + 1), now) != now:
+            raise ValueError(
+                f"{path} says that task {index + 1} replays other examples than it would now; has "
+                "the training data of an earlier task changed? Begin anew with resume=False."
+            )
+        write_atomically(path, json.dumps({**kept, str(index + 1): now}) + "\n")
 
     def remove_temporary(self) -> None:
         """Remove what writers that were killed left half done."""
@@ -97,7 +116,8 @@ class RunFolder:
 
     def remove_model(self, index: int) -> None:
         """Remove the model and the checkpoints of a task that is learnt."""
-        _remove(list(_written_in(self.task(index))))
+        if self.task(index).is_dir():
+            _remove(list(_written_in(self.task(index))))
 
     def _folders(self) -> list[Path]:
         folders = [self.task(index) for index in range(len(self._names))]

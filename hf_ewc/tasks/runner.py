@@ -18,12 +18,14 @@ from hf_ewc.tasks.checks import (
     check_data,
     check_names,
     check_score,
+    check_sequence,
     check_tasks,
     check_types,
 )
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
+from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Figures, Metrics, Task
 from hf_ewc.tasks.task_run import TaskRun
 from hf_ewc.training.trainer import EWCTrainer
@@ -58,6 +60,7 @@ def run_tasks(
     args: TrainingArguments,
     ewc_config: EWCConfig | None = None,
     *,
+    sequence_config: SequenceConfig | None = None,
     trainer_class: type[Any] = EWCTrainer,
     ewc_state: EWCState | str | None = None,
     data_collator: Callable[..., Any] | None = None,
@@ -85,6 +88,8 @@ def run_tasks(
         tasks: in the order of training.
         args: for every task; `args.output_dir` holds the run, with a folder for each task.
         ewc_config: None trains plainly, for comparison.
+        sequence_config: replay, warm-up, L2-SP and other ways to go from task to task, with EWC or
+            without.
         trainer_class: any Trainer; with `ewc_config` an `EWCMixin` one.
         ewc_state: what protects the model already during the first task.
         data_collator: for the tasks that have none.
@@ -107,10 +112,12 @@ def run_tasks(
         TypeError: an argument of another type, or `ewc_config` is given and `trainer_class` cannot
             consolidate.
     """
-    check_types(tasks, args, ewc_config)
+    check_types(tasks, args, ewc_config, sequence_config)
+    sequence = sequence_config or SequenceConfig()
     check_names(tasks)
     check_data(tasks, data_collator)
     check_tasks(tasks, args, ewc_config, trainer_class, scenario)
+    check_sequence(tasks, args, trainer_class, sequence)
     for task in tasks:
         check_score(task, task.compute_metrics or compute_metrics)
     if ewc_state is not None and ewc_config is None:
@@ -125,6 +132,7 @@ def run_tasks(
         mask_training=mask_training,
         evaluate_unseen=evaluate_unseen,
         scenario=scenario or guess_scenario([(t.train_dataset, t.classes) for t in tasks]),
+        sequence=sequence,
         log_likelihood=log_likelihood,
         trainer_kwargs=trainer_kwargs,
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_ewc.parameters.names import class_name
 from hf_ewc.parameters.sharding import whole_shape
+from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.evaluation import metrics_of
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Task
@@ -44,6 +45,7 @@ def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
         "mask_training": plan.mask_training,
         "evaluate_unseen": plan.evaluate_unseen,
         "ewc_config": None if plan.config is None else asdict(plan.config),
+        "sequence_config": plan.sequence.changes(),
         "args": {name: getattr(plan.args, name, None) for name in RECORDED},
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
@@ -57,6 +59,9 @@ def _settings_of_task(task: Task, plan: Plan, model: nn.Module) -> dict[str, Any
         "metric": task.metric,
         "compute_metrics": qualified_name(metrics_of(task, plan, model)),
         "examples": [length(task.train_dataset), length(task.eval_dataset)],
+        "training_args": own_arguments(task, plan.args),
+        "weight": task.weight,
+        "fisher_examples": length(task.fisher_dataset),
     }
 
 

@@ -31,6 +31,10 @@ class Task:
             `evaluate.load` knows, whose figures come beside the accuracy.
         metric: which entry of the metrics is the score; more is better, but for "loss" and
             "perplexity" (of a language model, per token), which are taken with the other sign.
+        training_args: settings of `TrainingArguments` in place of the run's, such as
+            `{"num_train_epochs": 5, "learning_rate": 1e-4}`.
+        weight: of the task in the sum of penalties.
+        fisher_dataset: what the Fisher is estimated on; by default the training data.
     """
 
     name: str
@@ -40,6 +44,9 @@ class Task:
     data_collator: Callable[..., Any] | None = None
     compute_metrics: Metrics | str | Sequence[str] | None = None
     metric: str = "accuracy"
+    training_args: Mapping[str, Any] | None = None
+    weight: float = 1.0
+    fisher_dataset: Any = None
 
 
 def score_of(task: Task, metrics: Mapping[str, float | None]) -> float | None:

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from transformers import ProgressCallback, set_seed
 
 from hf_ewc.metrics import AccuracyMatrix
-from hf_ewc.parameters.names import unwrap
-from hf_ewc.parameters.sharding import is_dtensor
+from hf_ewc.parameters.names import parameters_by_name, unwrap
+from hf_ewc.parameters.sharding import is_dtensor, is_sharded
 from hf_ewc.processes import check_launch
 from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.tasks.arguments import arguments_of
 from hf_ewc.tasks.blueprint import Blueprint
 from hf_ewc.tasks.evaluation import evaluate, metrics_of, warn_of_lost
 from hf_ewc.tasks.folder_lock import only_run_in
+from hf_ewc.tasks.head import head_names
 from hf_ewc.tasks.history import history_of
+from hf_ewc.tasks.l2_sp import with_l2_sp
 from hf_ewc.tasks.label_space import LabelSpace
+from hf_ewc.tasks.learning_rates import learning_rate_factors, only_these_train, trained_names
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process, is_main
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.progress import TaskProgress
 from hf_ewc.tasks.record import Record
 from hf_ewc.tasks.run_folder import RunFolder
-from hf_ewc.tasks.task import Task, score_of
+from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
+from hf_ewc.tasks.task import score_of
+from hf_ewc.tasks.training_data import TrainingData, training_data
+from hf_ewc.tasks.warm_up import HeadWarmUp
 from hf_ewc.training.checkpoints import newest_whole_checkpoint
 from hf_ewc.training.converted_weights import needs_conversion
 from hf_ewc.training.saved_weights import load_weights
@@ -56,7 +62,9 @@ class TaskRun:
         self.folder = RunFolder(str(plan.args.output_dir), plan.tasks)
         self.record = Record(plan, self.folder, matrix)
         self.space = LabelSpace(model, plan.tasks)
+        self._collator: Any = None
         self._blueprint: Blueprint | None = None
+        self._beginning = _copied(model) if plan.sequence.joint_training else {}
 
     @contextmanager
     def started(self, resume: bool) -> Iterator[None]:
@@ -92,7 +100,12 @@ class TaskRun:
 
     def _learn(self, index: int, progress: TaskProgress | None) -> None:
         """Train, consolidate and evaluate one task, and save everything."""
-        trainer = self._trainer(index)
+        if self.plan.sequence.joint_training and index:
+            self._begin_again()
+        data = training_data(self.plan, index, self.space.tells_tasks_apart)
+        if data.replayed is not None:
+            by_main_process(lambda: self.folder.note_replay(index, data.replayed or {}))
+        trainer = self._trainer(index, data)
         if trainer.is_fsdp_enabled:
             _check_saves_whole(trainer)
             self._draw_blueprint()
@@ -102,27 +115,73 @@ class TaskRun:
             trainer.add_callback(progress)
         if index == 0 and self.plan.evaluate_unseen:
             self._score_untrained(trainer)
-        self._train(trainer, self.plan.tasks[index])
+        self._train(trainer, index, data)
         self._score(trainer, index)
         trainer.save_model(str(self.folder.model(index)))
         trainer.accelerator.wait_for_everyone()
         self.record.history.append(history_of(trainer.state.log_history))
-        by_main_process(lambda: self.record.write(self.model))
+        by_main_process(lambda: self._keep(index))
         if index + 1 < len(self.plan.tasks):
             self._make_whole()
 
-    def _train(self, trainer: Any, task: Task) -> None:
-        with self.space.of(task if self.plan.mask_training else None):
-            set_seed(trainer.args.seed)
-            trainer.train(resume_from_checkpoint=self._checkpoint(trainer))
-            if self.plan.config is not None:
-                self.state = self._consolidate(trainer, task)
+    def _keep(self, index: int) -> None:
+        self.record.write(self.model)
+        if self.plan.sequence.keep_models == "last":
+            for earlier in range(index):
+                self.folder.remove_model(earlier)
 
-    def _consolidate(self, trainer: Any, task: Task) -> EWCState:
+    def _begin_again(self) -> None:
+        """Put the model back to where the first task began."""
+        if any(map(is_sharded, self.model.parameters())):
+            raise ValueError("joint_training does not go with models in shards (FSDP, ZeRO-3).")
+        unwrap(self.model).load_state_dict(self._beginning)
+
+    def _train(self, trainer: Any, index: int, data: TrainingData) -> None:
+        """Train the task as the plan asks, and fold it into the state."""
+        plan, task = self.plan, self.plan.tasks[index]
+        collator = trainer.data_collator
+        with self.space.of(task if plan.mask_training else None):
+            set_seed(trainer.args.seed)
+            trainer.data_collator = data.collator(trainer, plan, self._collator)
+            with only_these_train(self.model, self._trained_names()):
+                self._attach(trainer)
+                trainer.train(resume_from_checkpoint=self._checkpoint(trainer))
+            trainer.data_collator = collator
+            if plan.config is not None:
+                self.state = self._consolidate(trainer, index, data)
+
+    def _trained_names(self) -> list[str]:
+        sequence = self.plan.sequence
+        if sequence.trained_modules is None and sequence.frozen_modules is None:
+            return list(parameters_by_name(self.model))
+        return trained_names(self.model, sequence)
+
+    def _attach(self, trainer: Any) -> None:
+        """What a sequence adds to the trainer's steps."""
+        if not isinstance(trainer, SequenceMixin):
+            return
+        sequence = self.plan.sequence
+        trainer.additions.factors = learning_rate_factors(
+            self.model, cast("dict[str, float]", sequence.learning_rate_factors or {})
+        )
+        if sequence.head_warmup_share:
+            trainer.additions.warm_up = HeadWarmUp(
+                self.model, head_names(self.model), sequence.head_warmup_share
+            )
+
+    def _consolidate(self, trainer: Any, index: int, data: TrainingData) -> EWCState:
+        task = self.plan.tasks[index]
         given: dict[str, Any] = {}
         if self.plan.log_likelihood is not None:
             given["log_likelihood"] = self.plan.log_likelihood
-        state: EWCState = trainer.consolidate(name=task.name, **given)
+        dataset = task.fisher_dataset
+        if dataset is None:
+            dataset = data.own_part(trainer.train_dataset, index)
+        if dataset is None and data.places is not None:
+            dataset = task.train_dataset
+        if self.plan.sequence.l2sp_lambda and index:
+            trainer.ewc_config, trainer.ewc_state = self.plan.config, self.state or EWCState()
+        state: EWCState = trainer.consolidate(dataset, name=task.name, weight=task.weight, **given)
         return state
 
     def _checkpoint(self, trainer: Any) -> str | None:
@@ -138,7 +197,7 @@ class TaskRun:
         """Enter the scores after this task, on all tasks so far or on all there are."""
         tasks = self.plan.tasks
         seen = tasks if self.plan.evaluate_unseen else tasks[: index + 1]
-        scores = evaluate(trainer, seen, self.plan, self.space)
+        scores = evaluate(trainer, seen, self.plan, self.space, self._collator)
         if is_main():
             warn_of_lost(scores, self.record.metrics)
         for other in seen:
@@ -148,30 +207,46 @@ class TaskRun:
         self.record.metrics.append(scores)
 
     def _score_untrained(self, trainer: Any) -> None:
-        scores = evaluate(trainer, self.plan.tasks, self.plan, self.space)
+        scores = evaluate(trainer, self.plan.tasks, self.plan, self.space, self._collator)
         baseline = [score_of(task, scores[task.name]) for task in self.plan.tasks]
         self.record.matrix.baseline = np.array(baseline, dtype=np.float64)  # None becomes NaN
 
-    def _trainer(self, index: int) -> Any:
+    def _trainer(self, index: int, data: TrainingData) -> Any:
         plan, task = self.plan, self.plan.tasks[index]
-        args = copy.copy(plan.args)
-        args.output_dir = str(self.folder.task(index))
-        args.seed = plan.args.seed + index
         # An accelerator with DeepSpeed is the only one, until its state is reset.
         AcceleratorState._reset_state()
-        ewc = {}
-        if plan.config is not None:
-            ewc = {"ewc_config": plan.config, "ewc_state": self.state}
-        return plan.trainer_class(
+        trainer_class = plan.trainer_class
+        if self._adds_to_steps(data):
+            trainer_class = sequence_trainer(trainer_class)
+        trainer = trainer_class(
             model=self.model,
-            args=args,
-            train_dataset=task.train_dataset,
+            args=arguments_of(task, plan.args, index, str(self.folder.task(index))),
+            train_dataset=data.dataset,
             eval_dataset=task.eval_dataset,
-            data_collator=task.data_collator or plan.data_collator,
+            data_collator=plan.data_collator,
             compute_metrics=metrics_of(task, plan, self.model),
-            **ewc,
+            **self._protection(index),
             **plan.trainer_kwargs,
         )
+        self._collator = trainer.data_collator  # the plan's, or the trainer's default
+        trainer.data_collator = task.data_collator or self._collator
+        if isinstance(trainer, SequenceMixin):
+            trainer.additions = Additions(plan.tasks, self.space)
+        return trainer
+
+    def _adds_to_steps(self, data: TrainingData) -> bool:
+        sequence = self.plan.sequence
+        return bool(data.tagged or sequence.head_warmup_share or sequence.learning_rate_factors)
+
+    def _protection(self, index: int) -> dict[str, Any]:
+        """State and settings of the penalty while task `index` trains."""
+        config, strength = self.plan.config, self.plan.sequence.l2sp_lambda
+        if strength and index:
+            state, config = with_l2_sp(
+                self.state or EWCState(), config, self.model, strength, set()
+            )
+            return {"ewc_config": config, "ewc_state": state}
+        return {} if config is None else {"ewc_config": config, "ewc_state": self.state}
 
     def _restore(self) -> None:
         """Take up scores, weights and state of the tasks that are done."""
@@ -209,6 +284,12 @@ class TaskRun:
             return
         self.model = self._blueprint.built_from(self.model)
         self.space.move_to(self.model)
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state as it is now, in host memory."""
+    state = unwrap(model).state_dict()
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
 def _check_saves_whole(trainer: Any) -> None:

@@ -1,0 +1,66 @@
+"""L2-SP: every parameter is held to where it began, alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.importance import Fisher
+from hf_ewc.parameters.names import parameters_by_name
+from hf_ewc.parameters.selection import select_parameters
+from hf_ewc.parameters.sharding import whole_shape
+from hf_ewc.state.ewc_state import EWCState
+
+
+def with_l2_sp(
+    state: EWCState, config: EWCConfig | None, model: nn.Module, strength: float, free: set[str]
+) -> tuple[EWCState, EWCConfig]:
+    """State and settings whose penalty is EWC's plus μ/2 ‖θ − θ*‖², θ* the model as it is now.
+
+    Σ λ_i/2 A_i (θ_i − c_i)² + μ/2 Σ (θ_i − θ*_i)² is one quadratic (Li et al. 2018, arXiv
+    1802.01483, for the second term; `EWCState.consolidate` for the sum): with λ = 1 and importance
+    λ_i A_i + μ.
+
+    Args:
+        state: of EWC; the empty one without it.
+        config: of EWC; None without it.
+        strength: μ.
+        free: names of parameters that the second term leaves alone, as a head that is new.
+    """
+    scaled = _with_lambdas(state, config, model) if config is not None and state else EWCState()
+    ones = Fisher(
+        {
+            name: torch.ones(whole_shape(parameter))
+            for name, parameter in parameters_by_name(model, trainable_only=True).items()
+            if name not in free
+        }
+    )
+    both = scaled.consolidate(ones, model, mode="separate", weight=strength, name="L2-SP")
+    settings = replace(
+        config or EWCConfig(),
+        ewc_lambda=1.0,
+        ewc_lambda_growth=1.0,
+        ewc_layer_lambdas=None,
+        ewc_target_modules=None,
+        ewc_exclude_modules=None,
+        ewc_mode="separate",
+    )
+    return both, settings
+
+
+def _with_lambdas(state: EWCState, config: EWCConfig, model: nn.Module) -> EWCState:
+    """The state times its λ: 0 where the configuration leaves a parameter free."""
+    lambdas = config.lambdas(state.importance, state.num_tasks)
+    patterns = config.ewc_target_modules, config.ewc_exclude_modules
+    if any(patterns):
+        chosen = set(select_parameters(model, *patterns, trainable_only=False))
+        lambdas = {name: strength if name in chosen else 0.0 for name, strength in lambdas.items()}
+    return replace(
+        state,
+        importance={name: lambdas[name] * value for name, value in state.importance.items()},
+        anchor=dict(state.anchor.items()),
+        offsets={name: lambdas[name] * value for name, value in state.offsets.items()},
+    )

@@ -1,0 +1,71 @@
+"""What a task is trained on: its own examples, and those of earlier tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from hf_ewc.tasks.mixture import MixtureCollator, Place, joint_places, mixed, places_with_replay
+from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.replay import Replayed, replayed_in
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training data of one task.
+
+    Attributes:
+        dataset: for the trainer.
+        places: where its examples come from; None where they are just the task's.
+        tagged: whether they tell which task they are of.
+        apart: whether a batch is to be made for each task, not one for all.
+        replayed: what is replayed, by task.
+    """
+
+    dataset: Any
+    places: list[Place] | None = None
+    tagged: bool = False
+    apart: bool = False
+    replayed: Replayed | None = None
+
+    def own_part(self, prepared: Any, index: int) -> Any:
+        """The task's own examples in a trainer's data set, as it has prepared them; else None."""
+        if self.places is None or not isinstance(prepared, datasets.Dataset):
+            return None
+        own = [i for i, (task, _) in enumerate(self.places) if task == index]
+        return prepared.select(own)
+
+    def collator(self, trainer: Any, plan: Plan, default: Any) -> Any:
+        """For the trainer: its own, or one for the examples of several tasks.
+
+        Args:
+            default: for the tasks that have none.
+        """
+        if not self.tagged:
+            return trainer.data_collator
+        own = [task.data_collator or default for task in plan.tasks]
+        cleaned = [trainer._get_collator_with_removed_columns(collator) for collator in own]
+        return MixtureCollator(cleaned, self.apart)
+
+
+def training_data(plan: Plan, index: int, tells_apart: bool) -> TrainingData:
+    """What task `index` is trained on.
+
+    Args:
+        tells_apart: whether the model shows something else to each task.
+    """
+    sources = [task.train_dataset for task in plan.tasks[: index + 1]]
+    if not index or not (plan.sequence.replays or plan.sequence.joint_training):
+        return TrainingData(sources[index])
+    apart = len({id(task.data_collator) for task in plan.tasks}) > 1
+    tagged = tells_apart or apart
+    if plan.sequence.joint_training:
+        places = joint_places([len(data) for data in sources], plan.args.seed)
+        return TrainingData(mixed(sources, places, tagged), places, tagged, apart)
+    replayed = replayed_in(index, sources, plan.sequence)
+    if not replayed:
+        return TrainingData(sources[index])
+    places = places_with_replay(index, len(sources[index]), replayed)
+    return TrainingData(mixed(sources, places, tagged), places, tagged, apart, replayed)
