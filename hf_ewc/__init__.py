@@ -18,6 +18,7 @@ _MODULES = {
     "Fisher": "importance",
     "SequenceConfig": "tasks.sequence_config",
     "Task": "tasks.task",
+    "compare_methods": "tasks.methods",
     "estimate_fisher": "fisher",
     "run_tasks": "tasks.runner",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "Fisher",
     "SequenceConfig",
     "Task",
+    "compare_methods",
     "estimate_fisher",
     "run_tasks",
 ]
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from hf_ewc.importance import Fisher
     from hf_ewc.metrics import AccuracyMatrix
     from hf_ewc.state.ewc_state import EWCState
+    from hf_ewc.tasks.methods import compare_methods
     from hf_ewc.tasks.runner import run_tasks
     from hf_ewc.tasks.sequence_config import SequenceConfig
     from hf_ewc.tasks.task import Task

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from hf_ewc.files import write_atomically
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.parameters.names import class_name
-from hf_ewc.report import Outcome, read_results, write_report, write_results
+from hf_ewc.report import Cost, Outcome, read_results, write_report, write_results
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import RunFolder
@@ -17,6 +21,7 @@ from hf_ewc.tasks.same_run import check_same_run, settings_of
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL
 from hf_ewc.tasks.task import Figures
 
+WORTH_A_REPORT = 60.0  # seconds of a task, after which its report is worth a second's drawing
 Scores = list[dict[str, Figures]]
 
 
@@ -31,12 +36,15 @@ class Record:
     Attributes:
         metrics: everything evaluation gave, `metrics[i][name]` after training task i.
         history: what was logged while training task i, `history[i]`.
+        costs: of each task; kept in a file of their own, since a run that goes on after a kill has
+            the same results, not the same seconds.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder, matrix: AccuracyMatrix) -> None:
         self.plan, self.folder, self.matrix = plan, folder, matrix
         self.metrics: Scores = []
         self.history: list[list[Entry]] = []
+        self.costs: list[Cost] = []
 
     @property
     def done(self) -> int:
@@ -56,21 +64,42 @@ class Record:
         self.matrix.take_over(saved)
         self.metrics = content["metrics"]
         self.history = content.get("history", [])
+        self.costs = self._read_costs()[: self.done]
 
     def begin(self, model: nn.Module) -> None:
         """Write that nothing is learnt yet."""
-        runs = {self.plan.method: {self.plan.args.seed: Outcome(self.matrix)}}
-        write_results(self.folder.results, runs, self._details(model))
+        write_results(self.folder.results, self._runs(), self._details(model))
 
     def write(self, model: nn.Module) -> None:
-        """Write results.json, then the report; if that fails, it is a warning."""
+        """Write results.json, and the report after the last task or one that took its time.
+
+        Pictures take longer than a small task; if they fail, it is a warning.
+        """
+        costs = json.dumps([asdict(cost) for cost in self.costs], indent=2)
+        write_atomically(self._costs_file, costs + "\n")
+        if self.done < len(self.plan.tasks) and self.costs[-1].seconds < WORTH_A_REPORT:
+            write_results(self.folder.results, self._runs(), self._details(model))
+            return
         write_report(
             self.folder.path,
-            {self.plan.method: {self.plan.args.seed: Outcome(self.matrix)}},
+            self._runs(),
             title="Continual learning",
             notes=self._notes(model),
             details=self._details(model),
         )
+
+    def _runs(self) -> dict[str, dict[int, Outcome]]:
+        return {self.plan.method: {self.plan.args.seed: Outcome(self.matrix)}}
+
+    @property
+    def _costs_file(self) -> Path:
+        return self.folder.path / "costs.json"
+
+    def _read_costs(self) -> list[Cost]:
+        try:
+            return [Cost(**cost) for cost in json.loads(self._costs_file.read_text())]
+        except (OSError, ValueError, TypeError):
+            return []  # no result depends on them
 
     def _notes(self, model: nn.Module) -> list[str]:
         plan = self.plan

@@ -16,7 +16,10 @@ from hf_ewc.tasks.task import Task
 logger = logging.getLogger("hf_ewc")
 
 # Written by the run itself, beside the folders of its tasks.
-OWN_FILES = ("results.json", "report.md", "accuracy_matrix.png", "curves.png", "replay.json")
+OWN_FILES = (
+    *("results.json", "report.md", "costs.json", "replay.json", "accuracy_matrix.png"),
+    *("curves.png", "stability_plasticity.png", "importance.png"),
+)
 # What trainers, models, states and tokenizers write. Anything else is somebody's, and stays.
 _WRITTEN = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "training_args.bin"),

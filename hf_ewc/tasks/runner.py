@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.metrics import AccuracyMatrix
+from hf_ewc.report import Cost
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.checks import (
     check_data,
@@ -43,6 +44,7 @@ class TaskResults:
         output_dir: where results.json, report.md, the plots and each task's model are.
         model: the model after the last task.
         state: the EWC state after the last task, None without EWC.
+        cost: seconds, and peak memory in bytes, of training, Fisher and evaluation, over all calls.
         history: what was logged while training task i, `history[i]`: steps, losses, learning rates.
     """
 
@@ -52,6 +54,7 @@ class TaskResults:
     model: nn.Module
     state: EWCState | None = None
     history: list[list[Entry]] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
 
 
 def run_tasks(
@@ -112,29 +115,21 @@ def run_tasks(
         TypeError: an argument of another type, or `ewc_config` is given and `trainer_class` cannot
             consolidate.
     """
-    check_types(tasks, args, ewc_config, sequence_config)
-    sequence = sequence_config or SequenceConfig()
-    check_names(tasks)
-    check_data(tasks, data_collator)
-    check_tasks(tasks, args, ewc_config, trainer_class, scenario)
-    check_sequence(tasks, args, trainer_class, sequence)
-    for task in tasks:
-        check_score(task, task.compute_metrics or compute_metrics)
     if ewc_state is not None and ewc_config is None:
         raise ValueError("run_tasks got an ewc_state without ewc_config; give both, or neither.")
-    plan = Plan(
-        tasks=tuple(tasks),
-        args=args,
-        config=ewc_config,
+    plan = planned(
+        tasks,
+        args,
+        ewc_config,
+        sequence_config=sequence_config,
         trainer_class=trainer_class,
         data_collator=data_collator,
         compute_metrics=compute_metrics,
         mask_training=mask_training,
         evaluate_unseen=evaluate_unseen,
-        scenario=scenario or guess_scenario([(t.train_dataset, t.classes) for t in tasks]),
-        sequence=sequence,
+        scenario=scenario,
         log_likelihood=log_likelihood,
-        trainer_kwargs=trainer_kwargs,
+        **trainer_kwargs,
     )
     state = EWCState.from_pretrained(ewc_state) if isinstance(ewc_state, str) else ewc_state
     matrix = AccuracyMatrix(
@@ -150,5 +145,51 @@ def run_tasks(
     with run.started(resume):
         run.learn_all()
     return TaskResults(
-        matrix, run.record.metrics, run.folder.path, run.model, run.state, run.record.history
+        matrix=matrix,
+        metrics=run.record.metrics,
+        output_dir=run.folder.path,
+        model=run.model,
+        state=run.state,
+        history=run.record.history,
+        cost=sum(run.record.costs, Cost()),
+    )
+
+
+def planned(
+    tasks: Sequence[Task],
+    args: TrainingArguments,
+    ewc_config: EWCConfig | None = None,
+    *,
+    sequence_config: SequenceConfig | None = None,
+    trainer_class: type[Any] = EWCTrainer,
+    data_collator: Callable[..., Any] | None = None,
+    compute_metrics: Metrics | str | Sequence[str] | None = None,
+    mask_training: bool = True,
+    evaluate_unseen: bool = False,
+    scenario: str | None = None,
+    log_likelihood: Callable[..., Any] | None = None,
+    **trainer_kwargs: Any,
+) -> Plan:
+    """The plan of a run, whose arguments are all looked at here, before anything is done."""
+    check_types(tasks, args, ewc_config, sequence_config)
+    sequence = sequence_config or SequenceConfig()
+    check_names(tasks)
+    check_data(tasks, data_collator)
+    check_tasks(tasks, args, ewc_config, trainer_class, scenario)
+    check_sequence(tasks, args, trainer_class, sequence)
+    for task in tasks:
+        check_score(task, task.compute_metrics or compute_metrics)
+    return Plan(
+        tasks=tuple(tasks),
+        args=args,
+        config=ewc_config,
+        trainer_class=trainer_class,
+        data_collator=data_collator,
+        compute_metrics=compute_metrics,
+        mask_training=mask_training,
+        evaluate_unseen=evaluate_unseen,
+        scenario=scenario or guess_scenario([(t.train_dataset, t.classes) for t in tasks]),
+        sequence=sequence,
+        log_likelihood=log_likelihood,
+        trainer_kwargs=trainer_kwargs,
     )

@@ -18,6 +18,7 @@ from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.parameters.names import parameters_by_name, unwrap
 from hf_ewc.parameters.sharding import is_dtensor, is_sharded
 from hf_ewc.processes import check_launch
+from hf_ewc.report import measured
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.arguments import arguments_of
 from hf_ewc.tasks.blueprint import Blueprint
@@ -102,6 +103,16 @@ class TaskRun:
         """Train, consolidate and evaluate one task, and save everything."""
         if self.plan.sequence.joint_training and index:
             self._begin_again()
+        with measured() as cost:
+            trainer = self._learnt(index, progress)
+        self.record.costs.append(cost)
+        self.record.history.append(history_of(trainer.state.log_history))
+        by_main_process(lambda: self._keep(index))
+        if index + 1 < len(self.plan.tasks):
+            self._make_whole()
+
+    def _learnt(self, index: int, progress: TaskProgress | None) -> Any:
+        """The trainer that has trained, consolidated, scored and saved the task."""
         data = training_data(self.plan, index, self.space.tells_tasks_apart)
         if data.replayed is not None:
             by_main_process(lambda: self.folder.note_replay(index, data.replayed or {}))
@@ -119,10 +130,7 @@ class TaskRun:
         self._score(trainer, index)
         trainer.save_model(str(self.folder.model(index)))
         trainer.accelerator.wait_for_everyone()
-        self.record.history.append(history_of(trainer.state.log_history))
-        by_main_process(lambda: self._keep(index))
-        if index + 1 < len(self.plan.tasks):
-            self._make_whole()
+        return trainer
 
     def _keep(self, index: int) -> None:
         self.record.write(self.model)

@@ -1,0 +1,214 @@
+"""Every way of training over the same tasks, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.report import Outcome, summary_table, write_report
+from hf_ewc.state.by_layer import importance_by_layer
+from hf_ewc.tasks.arguments import checked, with_settings
+from hf_ewc.tasks.folder_lock import only_run_in
+from hf_ewc.tasks.main_process import by_main_process, held_by_main_process
+from hf_ewc.tasks.run_folder import safe_name
+from hf_ewc.tasks.runner import TaskResults, planned, run_tasks
+from hf_ewc.tasks.sequence_config import SequenceConfig
+from hf_ewc.tasks.task import Task
+
+Settings = Mapping[str, Any] | EWCConfig | SequenceConfig | None
+_TRAINING = {each.name for each in fields(TrainingArguments) if each.init}
+_EWC = {each.name for each in fields(EWCConfig)}
+_SEQUENCE = {each.name for each in fields(SequenceConfig)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_methods` returns.
+
+    Attributes:
+        runs: what each method came to, by method and seed.
+        output_dir: where results.json, report.md, the pictures and each run are.
+    """
+
+    runs: dict[str, dict[int, Outcome]]
+    output_dir: Path
+
+    def __str__(self) -> str:
+        """The measures of each method as a Markdown table."""
+        return summary_table(self.runs)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of training: what differs from the others."""
+
+    make_model: Callable[[], nn.Module]
+    args: TrainingArguments
+    options: dict[str, Any]
+
+    @property
+    def is_joint(self) -> bool:
+        sequence = self.options.get("sequence_config")
+        return sequence is not None and sequence.joint_training
+
+
+def compare_methods(
+    make_model: Callable[[], nn.Module],
+    tasks: Sequence[Task],
+    args: TrainingArguments,
+    methods: Mapping[str, Settings],
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    title: str = "Ways of not forgetting",
+    **options: Any,
+) -> Comparison:
+    """Train by each method with each seed, through `run_tasks`, and write one report.
+
+    All have the same tasks in the same order, the same training arguments but for what differs, and
+    with the same seed the same first weights and order of the data. Killed at any moment, the same
+    call goes on. Where a method trains jointly (`joint_training`), its score on each task right
+    after it is the reference for the others' intransigence; where one is named "plain…", the report
+    has each other's paired difference to it.
+
+    Args:
+        make_model: called for each run after the seed is set.
+        tasks: in the order of training.
+        args: for every run; `args.output_dir` holds a folder for each method and seed.
+        methods: for each name what differs: fields of `EWCConfig` (which switch EWC on), of
+            `SequenceConfig` and of `TrainingArguments`, a `make_model` of its own, or any argument
+            of `run_tasks`; `{}` trains plainly. An `EWCConfig` or a `SequenceConfig` may stand for
+            itself.
+        seeds: of the repetitions.
+        title: of the report.
+        options: further arguments of `run_tasks`, for all methods.
+
+    Raises:
+        ValueError, TypeError: no methods or seeds, a setting that there is not, or what `run_tasks`
+            refuses, before anything is trained.
+    """
+    _check(methods, seeds)
+    resolved = {
+        name: _method(name, settings, make_model, args, options)
+        for name, settings in methods.items()
+    }
+    for method in resolved.values():
+        planned(tasks, method.args, **_of_plan(method.options))
+    folder = Path(str(args.output_dir))
+    _ = args.device  # sets up the process group, if there is to be one
+    runs: dict[str, dict[int, Outcome]] = {name: {} for name in resolved}
+    with held_by_main_process(only_run_in(folder)):
+        for seed in seeds:
+            for name, method in resolved.items():
+                runs[name][seed] = _run(method, tasks, seed, folder / safe_name(name))
+        runs = _with_reference(runs, resolved)
+        by_main_process(
+            lambda: write_report(
+                folder, runs, title=title, notes=_notes(resolved), details=_details(resolved)
+            )
+        )
+    return Comparison(runs, folder)
+
+
+def _run(method: Method, tasks: Sequence[Task], seed: int, folder: Path) -> Outcome:
+    args = with_settings(method.args, {"seed": seed, "output_dir": str(folder / f"seed-{seed}")})
+    set_seed(seed)
+    result: TaskResults = run_tasks(method.make_model(), tasks, args, **method.options)
+    return Outcome(
+        result.matrix,
+        result.cost.seconds,
+        result.cost.peak_memory,
+        importance_by_layer(result.state) if result.state else None,
+    )
+
+
+def _method(
+    name: str,
+    settings: Settings,
+    make_model: Callable[[], nn.Module],
+    args: TrainingArguments,
+    options: Mapping[str, Any],
+) -> Method:
+    """What a method's settings come to."""
+    own = _as_dict(name, settings)
+    training = {key: own.pop(key) for key in _TRAINING & own.keys()}
+    ewc = {key: own.pop(key) for key in _EWC & own.keys()}
+    sequence = {key: own.pop(key) for key in _SEQUENCE & own.keys()}
+    make = own.pop("make_model", make_model)
+    found = {**options, **own}
+    if ewc:
+        found["ewc_config"] = replace(found.get("ewc_config") or EWCConfig(), **ewc)
+    if sequence:
+        base = found.get("sequence_config") or SequenceConfig()
+        found["sequence_config"] = replace(base, **sequence)
+    return Method(make, with_settings(args, checked(training, args, f"method {name!r}")), found)
+
+
+def _as_dict(name: str, settings: Settings) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    if isinstance(settings, EWCConfig):
+        return {"ewc_config": settings}
+    if isinstance(settings, SequenceConfig):
+        return {"sequence_config": settings}
+    if not isinstance(settings, Mapping):
+        raise TypeError(
+            f"method {name!r} is a {type(settings).__name__}; give a dict of the settings that "
+            "differ, such as {'ewc_lambda': 1e3}, {'replay_share': 0.05} or {}."
+        )
+    return dict(settings)
+
+
+def _check(methods: Mapping[str, Settings], seeds: Sequence[int]) -> None:
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError("compare_methods got no methods; give a dict from names to settings.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; give at least one, each once.")
+    folders = [safe_name(str(name)) for name in methods]
+    if len(set(folders)) < len(folders):
+        raise ValueError(
+            f"the methods {list(methods)} would share folders ({folders}); choose other names."
+        )
+
+
+def _of_plan(options: Mapping[str, Any]) -> dict[str, Any]:
+    others = ("ewc_state", "joint", "resume")
+    return {key: value for key, value in options.items() if key not in others}
+
+
+def _with_reference(
+    runs: dict[str, dict[int, Outcome]], methods: Mapping[str, Method]
+) -> dict[str, dict[int, Outcome]]:
+    """The runs, each with the scores of the joint run of its seed, where there is one."""
+    joint = next((name for name, method in methods.items() if method.is_joint), None)
+    if joint is None:
+        return runs
+    for name, repeats in runs.items():
+        for seed, outcome in repeats.items():
+            if name != joint and outcome.matrix.joint is None:
+                outcome.matrix.joint = runs[joint][seed].matrix.scores.diagonal().copy()
+    return runs
+
+
+def _notes(methods: Mapping[str, Method]) -> list[str]:
+    lines = []
+    for name, method in methods.items():
+        ewc, sequence = (method.options.get(f"{kind}_config") for kind in ("ewc", "sequence"))
+        parts = [ewc.summary()] if ewc is not None else []
+        parts += [sequence.summary()] if sequence is not None and sequence.changes() else []
+        lines.append(f"- **{name}**: {' '.join(parts) or 'plain fine-tuning'}")
+    return ["\n".join(lines)]
+
+
+def _details(methods: Mapping[str, Method]) -> dict[str, Any]:
+    return {
+        "methods": {
+            name: {key: str(value) for key, value in method.options.items()}
+            for name, method in methods.items()
+        }
+    }
