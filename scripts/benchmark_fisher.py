@@ -111,8 +111,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 # squares summed over the examples, by name.
 
 
+def counted(batch: Batch) -> ExampleBatch:
+    return ExampleBatch(dict(batch), list(range(len(batch["labels"]))))
+
+
 def plain(model: nn.Module, batch: Batch, keep: bool = False) -> Pass:
     reader = LabelReader(model)
+    reader.settle(counted(batch))
 
     def run() -> None:
         reader.distribution(dict(batch)).empirical().backward()
@@ -124,14 +129,14 @@ def plain(model: nn.Module, batch: Batch, keep: bool = False) -> Pass:
 
 def engine(model: nn.Module, batch: Batch, kind: type = OneBackward) -> Pass:
     reader = LabelReader(model)
-    counted = ExampleBatch(dict(batch), list(range(len(batch["labels"]))))
+    reader.settle(counted(batch))
     estimator = kind(model, trainable(model))
 
     def objectives(part: ExampleBatch) -> Iterator[Tensor]:
         yield reader.distribution(part.inputs).empirical()
 
     def run() -> dict[str, Tensor]:
-        estimator.add(counted, objectives)
+        estimator.add(counted(batch), objectives)
         return estimator.totals()
 
     return run
@@ -168,6 +173,7 @@ def opacus(model: nn.Module, batch: Batch) -> Pass:
 
     wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")
     reader = LabelReader(model)
+    reader.settle(counted(batch))
     totals = {name: torch.zeros_like(p) for name, p in trainable(model).items()}
 
     def run() -> dict[str, Tensor]:

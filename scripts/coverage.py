@@ -109,16 +109,28 @@ def _alignments(logits: Tensor, labels: Tensor) -> Any:
 
 
 def by_the_loop(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor] | None:
-    """(1/N) Σ_n (∂ log p(y_n | x_n))² in float64; None where the loss is of no known likelihood."""
-    twin = copy.deepcopy(model).double()
+    """(1/N) Σ_n (∂ log p(y_n | x_n))²; None where the loss is of no known likelihood.
+
+    In float64, but for models that make float32 of it somewhere in between, or NaN.
+    """
+    try:
+        found = _by_the_loop(copy.deepcopy(model).double(), in_float64(batch))
+    except RuntimeError:
+        found = None
+    if found is not None and all(value.isfinite().all() for value in found.values()):
+        return found
+    return _by_the_loop(copy.deepcopy(model), batch)
+
+
+def _by_the_loop(twin: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor] | None:
     if getattr(twin.config, "_experts_implementation", None) == "grouped_mm":
         twin.set_experts_implementation("eager")  # grouped products have no float64
-    parameters = dict(twin.named_parameters())
-    totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     examples = models.EXAMPLES
     known = True
     for n in range(examples):
-        one = in_float64(one_example(batch, n))
+        one = one_example(batch, n)
         outputs = twin(**one)
         count = number_of_labels(outputs, one)
         known = known and count is not None
@@ -127,7 +139,7 @@ def by_the_loop(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor] | 
         )
         for total, gradient in zip(totals.values(), gradients, strict=True):
             if gradient is not None and count is not None:
-                total += (count * gradient) ** 2 / examples
+                total += (count * gradient.double()) ** 2 / examples
     return totals if known else None
 
 

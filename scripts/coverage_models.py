@@ -169,6 +169,31 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "wav2vec2-bert": {"vocab_size": 64, "feature_projection_input_dim": 8},
     "wav2vec2-conformer": {"vocab_size": 64},
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": 8},
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4, "input_size": 16, "patch_size": 8},
+    "lilt": {"channel_shrink_ratio": 2, "max_2d_position_embeddings": 32},
+    "bros": {"dim_bbox_sinusoid_emb_2d": 16, "bbox_scale": 1.0},
+    "neomme": {"head_dim": 16},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["full_attention", "conv"]},
+    "gemma3n": {"text_config": {"intermediate_size": 24, "activation_sparsity_pattern": 0.0}},
+    "gemma3n_text": {"intermediate_size": 24, "activation_sparsity_pattern": 0.0},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mobilevitv2": {"width_multiplier": 0.125},
+    "siglip2": {"vision_config": {"num_patches": 4}},
+    "beam": {"layer_types": ["full_attention", "full_attention"]},
+    "moonshine": {
+        "encoder_num_hidden_layers": 2,
+        "decoder_num_hidden_layers": 2,
+        "encoder_num_attention_heads": 2,
+        "decoder_num_attention_heads": 2,
+        "encoder_num_key_value_heads": 2,
+        "decoder_num_key_value_heads": 2,
+    },
     "codegen": {"n_head": 4, "rotary_dim": 4},
     "hiera": {
         "embed_dim": 8,
@@ -238,7 +263,11 @@ def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
 def _fits(name: str, default: Any) -> bool:
     """Whether a field takes its value from `SHRUNK`: fields that follow from others are None."""
     if default is None:
-        return name.endswith("token_id") or name in ("head_dim", "num_experts_per_tok", "n_group")
+        return name.endswith("token_id") or name in (
+            "head_dim",
+            "num_experts_per_tok",
+            "vocab_size",
+        )
     listed = isinstance(SHRUNK[name], tuple)
     return not listed or isinstance(default, (list, tuple))
 
@@ -253,8 +282,7 @@ def _of_form(wanted: Any, default: Any) -> Any:
 def _rotary(default: dict[str, Any]) -> dict[str, Any]:
     if all(isinstance(value, dict) for value in default.values()):  # one for each type of layer
         return {kind: _rotary(value) for kind, value in default.items()}
-    kept = {k: v for k, v in default.items() if k in ("partial_rotary_factor", "rope_theta")}
-    return {**_ROTARY, **kept, "mrope_section": [2, 1, 1]}
+    return {**_ROTARY, **default, "mrope_section": [2, 1, 1]}
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -273,6 +301,8 @@ def build(model_type: str, head: str) -> tuple[nn.Module, dict[str, Any]]:
         Exception: whatever an architecture that cannot be made tiny in this way raises.
     """
     config, kind = tiny_config(model_type, head), model_class(model_type, head)
+    if not isinstance(config, kind.config_class):  # that of a part, such as the text's
+        config = next(c for c in vars(config).values() if isinstance(c, kind.config_class))
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind(config).parameters())
     if size > MAX_PARAMETERS:
@@ -307,7 +337,7 @@ def _inputs(model: nn.Module, head: str) -> dict[str, Any]:
             name: value.view(EXAMPLES, 2, *value.shape[1:])
             for name, value in _text(model, 2 * EXAMPLES).items()
         }
-    if head in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT") and "input_ids" in accepts:
+    if _is_language_model(model, head):
         return _text(model, EXAMPLES)
     if "input_features" in accepts:
         return _features(model)
@@ -320,6 +350,13 @@ def _inputs(model: nn.Module, head: str) -> dict[str, Any]:
     if head == "DOCUMENT_QUESTION_ANSWERING" and main == "pixel_values":
         return _pixels(model)
     return _text(model, EXAMPLES)
+
+
+def _is_language_model(model: nn.Module, head: str) -> bool:
+    """Text alone, though images or sounds may be given, too."""
+    if "input_ids" not in _accepts(model) or model.config.is_encoder_decoder:
+        return False
+    return head in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 
 
 def _text(model: nn.Module, examples: int) -> dict[str, Any]:
@@ -434,7 +471,8 @@ def _labels(model: nn.Module, head: str, inputs: dict[str, Any]) -> dict[str, An
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         labels = ids % LABELS
         return {"labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
-    if head in ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "DOCUMENT_QUESTION_ANSWERING"):
+    written = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "DOCUMENT_QUESTION_ANSWERING")
+    if head in written and not _is_language_model(model, head):
         return {"labels": torch.tensor([[5, 6, 7, 2], [8, 9, 2, -100], [5, 9, 6, 2]])}
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)

@@ -314,3 +314,24 @@ def test_auto_does_not_depend_on_what_else_the_head_has():
         assert found.fisher_type == "exact"
     whole = estimate_fisher(Own(30), [{"x": features(EXAMPLES), "labels": LABELS}])
     assert whole.fisher_type == "sampled"
+
+
+@pytest.mark.parametrize("examples", [1, 2])
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_class_weights_are_seen_in_the_smallest_batches(examples, label):
+    """Of one class alone the weighted mean is the plain one; made-up labels are of several."""
+    batch = {"x": features(examples), "labels": torch.full((examples,), label)}
+    with pytest.raises(ValueError, match="not the cross-entropy"):
+        estimate_fisher(Own(3, weighted), [batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_too(dtype):
+    x, labels = features(EXAMPLES).to(dtype), LABELS.clamp(max=1)
+    one = Own(1, bce).to(dtype)
+    found = estimate_fisher(one, [{"x": x, "labels": labels}], fisher_type="exact").diagonal
+    expected = loop(one, {"x": x, "labels": labels}, yes_no_expected)
+    assert torch.allclose(found["head.bias"].double(), expected["head.bias"], rtol=0.05)
+    with pytest.raises(ValueError, match="not the cross-entropy"):
+        estimate_fisher(Own(3, lambda z, y: weighted(z.float(), y)).to(dtype),
+                        [{"x": x, "labels": LABELS}])  # fmt: skip

@@ -57,24 +57,23 @@ class Passes:
         self._reader = LabelReader(model)
 
     def __call__(self, batch: ExampleBatch) -> Iterator[Tensor]:
-        stream = self._of_user(batch) if self._plan.log_likelihood else self._of_model(batch)
-        for objective in stream:
-            yield objective * self._plan.scale
+        """The objectives; what the model's outputs mean is settled now, before it runs for them."""
+        if self._plan.log_likelihood is None:
+            self._reader.settle(batch)
+        return self._scaled(batch)
 
     def outputs(self, batch: ExampleBatch) -> Tensor:
         """What the objectives are made of, (B, …)."""
         if self._plan.log_likelihood is not None:
             return self._plan.log_likelihood(self._model, batch.inputs)
+        self._reader.settle(batch)
         return self._reader.distribution(batch.inputs).graph_output()
 
     def settle_type(self, first: ExampleBatch) -> None:
-        """What "auto" means, by an example that all processes have."""
-        if self.fisher_type != "auto":
-            return
-        with self.uncounted(), torch.no_grad():
-            next(self(first), None)
-        # A single example may not tell how labels are shifted: that is found by the first batch.
-        self._reader = LabelReader(self._model)
+        """What outputs and "auto" mean, by an example that all processes have."""
+        if self.fisher_type == "auto" or self._plan.log_likelihood is None:
+            with self.uncounted(), torch.no_grad():
+                next(self(first), None)
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -94,6 +93,11 @@ class Passes:
         except BaseException:
             self.num_examples, self.num_labels = counted
             raise
+
+    def _scaled(self, batch: ExampleBatch) -> Iterator[Tensor]:
+        stream = self._of_user(batch) if self._plan.log_likelihood else self._of_model(batch)
+        for objective in stream:
+            yield objective * self._plan.scale
 
     def _of_user(self, batch: ExampleBatch) -> Iterator[Tensor]:
         assert self._plan.log_likelihood is not None

@@ -9,7 +9,12 @@ from hf_ewc.fisher.labels import IGNORED, are_there
 
 # A class counts as possible above this probability; that of a masked class is 0.
 _POSSIBLE = 1e-6
+# With more classes than this, labels are drawn from those that the batch has.
 _FEW = 64
+# How often labels are drawn again that would tell nothing.
+_TRIES = 20
+# The share of a sequence's labels that is taken out.
+_HOLES = 0.2
 
 
 def made_up(labels: Tensor, classes: Tensor | None, turn: int, *, holes: bool) -> Tensor:
@@ -21,16 +26,33 @@ def made_up(labels: Tensor, classes: Tensor | None, turn: int, *, holes: bool) -
     """
     generator = torch.Generator().manual_seed(turn)
     own = labels.detach().cpu()
-    if own.is_floating_point():
-        drawn = _like_floats(own, generator)
-    elif classes is None and sums_to_one(own):
-        drawn = _like_floats(own.float(), generator).to(own.dtype)
-    else:
-        drawn = _like_integers(own, None if classes is None else classes.cpu(), generator)
-        if holes and own.dim() > 1:
-            out = torch.rand(own.shape, generator=generator) < 0.2
-            drawn = drawn.masked_fill(out, IGNORED)
+    classes = None if classes is None else classes.cpu()
+    drawn = _drawn(own, classes, generator)
+    for _ in range(_TRIES):
+        if _tells(drawn, own):
+            break
+        drawn = _drawn(own, classes, generator)
+    if holes and own.dim() > 1 and not own.is_floating_point():
+        out = torch.rand(own.shape, generator=generator) < _HOLES
+        drawn = drawn.masked_fill(out, IGNORED)
     return drawn.to(labels.device)
+
+
+def _drawn(own: Tensor, classes: Tensor | None, generator: torch.Generator) -> Tensor:
+    if own.is_floating_point():
+        return _like_floats(own, generator)
+    if classes is None and sums_to_one(own):
+        return _like_floats(own.float(), generator).to(own.dtype)
+    return _like_integers(own, classes, generator)
+
+
+def _tells(drawn: Tensor, own: Tensor) -> bool:
+    """Whether labels are others than the batch's own, and not all of one value.
+
+    A mean that is weighted by class is no other than a plain one where there is one class.
+    """
+    values = drawn[are_there(drawn) & (drawn >= 0)]
+    return not torch.equal(drawn, own) and (values.numel() < 2 or len(values.unique()) > 1)
 
 
 def possible_classes(logits: Tensor, axis: int) -> Tensor | None:

@@ -16,13 +16,18 @@ from hf_ewc.fisher.likelihood.own_loss import Observation
 _SIDES = ("start", "end")
 
 
-def few_examples(batch: Batch) -> tuple[list[int], Batch]:
-    """The two examples with the most labels, and where they are; all where they hang together."""
-    labels = batch[label_name(batch) or "start_positions"]
-    size = labels.shape[0] if labels.dim() else 1
-    whole = ExampleBatch(batch, list(range(size)))
-    pair = whole.pair() if size > 2 and whole.divisible else None
-    return (whole.ids, batch) if pair is None else (pair.ids, pair.inputs)
+def few_examples(batch: ExampleBatch) -> tuple[list[int] | None, Batch]:
+    """The two examples with the most labels, and where they are in the batch.
+
+    A single example is taken twice: weights of classes show where labels differ. Examples that may
+    hang together are all taken, with None for their places.
+    """
+    if len(batch) == 1:
+        return [0] * len(twice := batch.at_least_two()), twice.inputs
+    if batch.uneven is not None or batch.doubtful:
+        return None, batch.inputs
+    places = (batch.most_labelled() or [])[:2]
+    return (sorted(places), batch.only(sorted(places)).inputs) if places else (None, batch.inputs)
 
 
 class Observer:

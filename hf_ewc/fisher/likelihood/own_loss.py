@@ -17,8 +17,9 @@ from hf_ewc.fisher.likelihood.forward import Outputs
 Read = Callable[[Outputs, Batch], Distribution]
 
 # Largest relative difference between a loss and −log p that rounding explains.
-_ROUNDING = {torch.float64: 2e-5, torch.float32: 2e-5}
-_HALF_ROUNDING = 2e-2
+_ROUNDING, _HALF_ROUNDING = 2e-5, 2e-2
+# The same where the loss is in float32 and the outputs that it was made of are not.
+_MIXED_ROUNDING = 1e-3
 # Factors that losses carry: a square without its ½ has 2. Any other has to be seen to be constant,
 # on values of −log p that differ by this much more than rounding.
 _FACTORS = (1.0, 2.0, 0.5)
@@ -36,12 +37,12 @@ class Observation:
 
 def rounding(observations: Sequence[Observation]) -> float:
     """How far a loss may be from −log p, relative to it, by the precision of the two."""
-    tensors = [
-        t for o in observations for t in (o.outputs.loss, *o.outputs.scores) if t is not None
-    ]
+    outputs = observations[0].outputs
+    if outputs.loss is None or outputs.loss.element_size() < 4:
+        return _HALF_ROUNDING
     autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    found = [_ROUNDING.get(tensor.dtype, _HALF_ROUNDING) for tensor in tensors]
-    return _HALF_ROUNDING if autocast else max(found, default=_HALF_ROUNDING)
+    half = any(scores.element_size() < 4 for scores in outputs.scores)
+    return _MIXED_ROUNDING if half or autocast else _ROUNDING
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ewc.fisher.labels import USE_LOG_LIKELIHOOD
+from hf_ewc.fisher.labels import USE_LOG_LIKELIHOOD, label_name
 from hf_ewc.fisher.likelihood.own_loss import Observation
 from hf_ewc.fisher.likelihood.readings import Reading
 
@@ -71,14 +71,9 @@ def shift_unknown(model: nn.Module) -> ValueError:
     )
 
 
-def other_loss(
-    model: nn.Module,
-    observations: Sequence[Observation],
-    labels: Tensor,
-    candidates: Sequence[Reading],
-) -> ValueError:
+def other_loss(model: nn.Module, first: Observation, candidates: Sequence[Reading]) -> ValueError:
     """The model's loss is −log p of none of the `candidates`."""
-    first = observations[0]
+    labels = first.batch[label_name(first.batch) or "start_positions"]
     tried = [f"{c.meaning} ({_stated(c, first)})" for c in candidates]
     return ValueError(
         f"The loss of {type(model).__name__}, {first.loss:.4g} for labels of {_form(labels)}, is "

@@ -171,9 +171,14 @@ class InStep:
     def _aligned(self, objectives: Objectives) -> Objectives:
         """As many as the process with the most has: others add passes without a gradient."""
 
-        def stream(batch: ExampleBatch) -> Iterator[Tensor]:
+        def start(batch: ExampleBatch) -> Iterator[Tensor]:
+            with self._processes.together():
+                own = objectives(batch)
+            return aligned(own)
+
+        def aligned(own: Iterator[Tensor]) -> Iterator[Tensor]:
             objective: Tensor | None = None
-            for following in _until_all_are_done(objectives(batch), self._processes):
+            for following in _until_all_are_done(own, self._processes):
                 if following is not None:
                     objective = following
                 elif objective is not None:
@@ -182,7 +187,7 @@ class InStep:
                     continue
                 yield objective
 
-        return stream
+        return start
 
     def totals(self) -> dict[str, Tensor]:
         totals = self._fast.totals()

@@ -1,0 +1,117 @@
+"""Which of the readings that outputs and labels admit is the model's likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hf_ewc.fisher.labels import Batch, label_name, labels_in
+from hf_ewc.fisher.likelihood import refusals
+from hf_ewc.fisher.likelihood.forward import Outputs
+from hf_ewc.fisher.likelihood.label_shift import shifts_labels
+from hf_ewc.fisher.likelihood.made_up_labels import sums_to_one
+from hf_ewc.fisher.likelihood.observing import has_labels
+from hf_ewc.fisher.likelihood.own_loss import Observation, misfit, rounding
+from hf_ewc.fisher.likelihood.readings import (
+    ANSWER,
+    REGRESSION,
+    SOFTMAX,
+    YES_NO,
+    Reading,
+    logits_of,
+    looks_binary,
+    readings,
+)
+
+# Readings fit equally well where the misfit of the best is not this much smaller.
+_CLEARLY = 0.1
+
+
+def candidates_for(outputs: Outputs, batch: Batch) -> list[Reading]:
+    """The readings that the shapes admit; none where there are no logits or no labels for them."""
+    if outputs.named("start_logits") is not None and outputs.named("end_logits") is not None:
+        return [ANSWER]
+    if outputs.logits is None or label_name(batch) is None:
+        return []
+    return readings(outputs, batch)
+
+
+def by_its_loss(
+    model: nn.Module, candidates: Sequence[Reading], observed: Sequence[Observation]
+) -> Reading | None:
+    """The reading whose −log p is the model's loss; None where there is none.
+
+    Raises:
+        ValueError: with and without a shift of the labels it is, and nothing else tells.
+    """
+    tolerance = rounding(observed)
+    finite = [observation for observation in observed if math.isfinite(observation.loss)]
+    misfits = [(misfit(candidate.read, finite, tolerance), candidate) for candidate in candidates]
+    best = min(error for error, _ in misfits)
+    if best > tolerance:
+        return None
+    within = min(tolerance, max(best / _CLEARLY, torch.finfo(torch.float32).eps))
+    fits = [candidate for error, candidate in misfits if error <= within]
+    if len({candidate.shifted for candidate in fits}) > 1:
+        shifted = shifts_labels(model)
+        if shifted is None:
+            raise refusals.shift_unknown(model)
+        fits = [candidate for candidate in fits if candidate.shifted == shifted]
+    return fits[0]
+
+
+def refuse_unclear_shares(model: nn.Module, reading: Reading, batch: Batch) -> None:
+    """Of mixed labels that a loss takes for yes or no because nobody has said what they are.
+
+    `transformers` does so by the dtype of the labels.
+    """
+    if reading.problem_type != YES_NO or not hasattr(model, "config"):
+        return
+    labels = labels_in(batch)
+    if labels.is_floating_point() and sums_to_one(labels) and not looks_binary(labels):
+        raise refusals.soft_labels(labels)
+
+
+def by_what_is_said(
+    model: nn.Module, problem_type: str | None, outputs: Outputs, batch: Batch
+) -> Reading:
+    """The reading of a model without a loss: by `problem_type`, its class, and the shapes.
+
+    Raises:
+        ValueError: these leave it open.
+    """
+    candidates = candidates_for(outputs, batch)
+    if candidates == [ANSWER]:
+        return ANSWER
+    if not candidates:
+        raise _nothing_known(outputs, batch)
+    kind = _kind(candidates, problem_type, outputs, batch)
+    if kind == SOFTMAX and sums_to_one(logits_of(outputs)):
+        raise refusals.probabilities()
+    shifted = bool(shifts_labels(model)) and has_labels(batch)
+    fits = [candidate for candidate in candidates if candidate.problem_type == kind]
+    return next((candidate for candidate in fits if candidate.shifted == shifted), fits[0])
+
+
+def _nothing_known(outputs: Outputs, batch: Batch) -> ValueError:
+    if outputs.logits is None or label_name(batch) is None:
+        return refusals.no_logits(outputs.values)
+    return refusals.no_head(outputs.logits, labels_in(batch))
+
+
+def _kind(
+    candidates: Sequence[Reading], problem_type: str | None, outputs: Outputs, batch: Batch
+) -> str | None:
+    kinds = {candidate.problem_type for candidate in candidates}
+    if problem_type in kinds:
+        return problem_type
+    if len(kinds) == 1:
+        return kinds.pop()
+    logits, labels = logits_of(outputs), labels_in(batch)
+    one_each = logits.shape[-1] == 1 or logits.dim() == 1
+    if one_each and not looks_binary(labels):
+        return REGRESSION
+    raise refusals.unclear(logits, labels)
