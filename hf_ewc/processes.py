@@ -39,7 +39,7 @@ def leave() -> None:
 
 
 def _from_environment(names: Sequence[str]) -> int | None:
-    """The number under the first of ``names`` that is set."""
+    """The number under the first of `names` that is set."""
     return next((int(os.environ[name]) for name in names if name in os.environ), None)
 
 
@@ -50,7 +50,7 @@ def check_launch(num_processes: int) -> None:
     several that know nothing of each other and write to the same files.
 
     Args:
-        num_processes: those that train together, as ``accelerator.num_processes`` has it.
+        num_processes: those that train together, as `accelerator.num_processes` has it.
 
     Raises:
         ValueError: with what was asked for, what was found, and what to do.

@@ -667,7 +667,7 @@ def test_another_kind_of_adapter_is_refused():
     state = EWCState().consolidate(trainable(model), model)
     print_ = {**state.metadata["fingerprint"], "adapters": {"default": "LOHA"}}
     with pytest.raises(ValueError, match="'default': LOHA at consolidation, LORA scaled by 1 now"):
-        state.with_metadata(fingerprint=print_).check(model)
+        replace(state, metadata={"fingerprint": print_}).check(model)
 
 
 def test_base_parameters_that_are_trained_are_not_compared():

@@ -7,8 +7,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,23 +22,24 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from hf_ewc import EWCState, Fisher
 from hf_ewc.files import sha256
-from hf_ewc.state import hub, storage
+from hf_ewc.state import document, hub, storage
+from hf_ewc.state.document import STATE_FILE, encoded
 from hf_ewc.state.ewc_state import TaskRecord
 from tests.processes import FORKS
 
 RECORD = TaskRecord("digits | 1", 200, "exact", 0.5, "2026-11-24T03:00:00+00:00")
 
 
-def make(value: float = 1.0, rows: int = 40) -> EWCState:
+def make(value: float = 1.0, rows: int = 40, columns: int = 30) -> EWCState:
     """A state in which every number says which one it is."""
     torch.manual_seed(0)
-    names = {"body.weight": (rows, 30), "body.bias": (rows,), "scale": ()}
+    names = {"body.weight": (rows, columns), "body.bias": (rows,), "scale": ()}
     return EWCState(
         {name: torch.rand(shape) + value for name, shape in names.items()},
         {name: torch.randn(shape) + value for name, shape in names.items()},
         {"scale": value / 3},
         (RECORD,) * int(value),
-        {"value": value, "note": "Übung"},
+        {"value": value, "note": "Übung", "list": [1, 2]},
     )
 
 
@@ -181,12 +184,6 @@ def test_a_reference_goes_directly_inside(tmp_path):
         storage.save_reference(tmp_path / "none", tmp_path / "none" / "checkpoint-1")
 
 
-def test_has_state(tmp_path):
-    assert not storage.has_state(tmp_path)
-    make().save_pretrained(tmp_path)
-    assert storage.has_state(tmp_path)
-
-
 # Damage
 
 
@@ -197,7 +194,7 @@ def refuse(folder: Path, message: str = "damaged") -> None:
 
 def test_truncated_files_are_refused(tmp_path):
     make().save_pretrained(tmp_path)
-    for path in (tmp_path / storage.STATE_FILE, tensor_file(tmp_path)):
+    for path in (tmp_path / STATE_FILE, tensor_file(tmp_path)):
         whole = path.read_bytes()
         for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:length])
@@ -210,7 +207,7 @@ def test_truncated_files_are_refused(tmp_path):
 
 def test_every_flipped_byte_of_the_json_is_refused(tmp_path):
     make().save_pretrained(tmp_path)
-    path = tmp_path / storage.STATE_FILE
+    path = tmp_path / STATE_FILE
     whole = path.read_bytes()
     for position in range(len(whole)):
         damaged = bytearray(whole)
@@ -233,7 +230,7 @@ def test_flipped_bytes_of_the_tensors_are_refused(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path):
     make().save_pretrained(tmp_path)
-    path = tmp_path / storage.STATE_FILE
+    path = tmp_path / STATE_FILE
     document = json.loads(path.read_text())
     for version in (2, 99):
         path.write_text(json.dumps({**document, "format_version": version}))
@@ -252,33 +249,272 @@ def test_a_missing_tensor_file_is_named(tmp_path):
     refuse(tmp_path, f"refers to {name}, which is neither")
 
 
-@pytest.mark.parametrize("change", ["negative", "nan", "shape", "missing", "file", "task", "kind"])
-def test_files_that_are_whole_but_wrong_are_refused(tmp_path, change):
-    """As by a program that writes the format, hashes and all, with other content."""
-    make().save_pretrained(tmp_path)
-    tensors = storage.load_file(tensor_file(tmp_path))
-    path = tmp_path / storage.STATE_FILE
+def rewrite(folder: Path, tensors=None, change=None) -> None:
+    """Write other content with right hashes, as a program that knows the format could."""
+    tensors = tensors or storage.load_file(tensor_file(folder))
+    path = folder / STATE_FILE
     document = json.loads(path.read_text())
-    if change == "negative":
-        tensors["importance/body.bias"] = -tensors["importance/body.bias"]
-    elif change == "nan":
-        tensors["anchor/scale"] = torch.tensor(torch.nan)
-    elif change == "shape":
-        document["parameters"]["scale"]["shape"] = [3]
-    elif change == "missing":
-        del tensors["anchor/scale"]
-    elif change == "task":
-        document["tasks"][0]["colour"] = "red"
-    elif change == "kind":
-        document["parameters"] = ["scale"]
-    storage.save_file(tensors, tmp_path / "changed")
-    digest = sha256(tmp_path / "changed")
-    document["tensors"] = {"file": f"ewc_state-{digest[:16]}.safetensors", "sha256": digest}
-    shutil.move(tmp_path / "changed", tmp_path / document["tensors"]["file"])
-    if change == "file":
-        document["tensors"]["file"] = "../elsewhere.safetensors"
-    path.write_bytes(storage._encoded(document))
-    refuse(tmp_path, "damaged|nowhere below 0|not finite|was expected")
+    storage.save_file(tensors, folder / "changed")
+    digest = sha256(folder / "changed")
+    size = (folder / "changed").stat().st_size
+    name = f"ewc_state-{digest[:16]}.safetensors"
+    document["tensors"] = {"file": name, "sha256": digest, "bytes": size}
+    shutil.move(folder / "changed", folder / name)
+    if change is not None:
+        change(document)
+    path.write_bytes(encoded(document))
+
+
+def set_to(*path_and_value):
+    *path, key, value = path_and_value
+
+    def change(document):
+        for part in path:
+            document = document[part]
+        document[key] = value
+
+    return change
+
+
+DOCUMENTS = {
+    "a further key": set_to("colour", "red"),
+    "a shape": set_to("parameters", "scale", "shape", [3]),
+    "a shape below 0": set_to("parameters", "scale", "shape", [-1]),
+    "a shape of floats": set_to("parameters", "body.bias", "shape", [40.0]),
+    "a shape beyond int64": set_to("parameters", "scale", "shape", [2**70]),
+    "no shape": set_to("parameters", "scale", "shape", None),
+    "a file elsewhere": set_to("tensors", "file", "../elsewhere.safetensors"),
+    "a file that is none": set_to("tensors", "file", 7),
+    "a size that is none": set_to("tensors", "bytes", "many"),
+    "a task with more": set_to("tasks", 0, "colour", "red"),
+    "a task that is none": set_to("tasks", 0, "digits"),
+    "tasks that are none": set_to("tasks", {"name": "digits"}),
+    "a task's name": set_to("tasks", 0, "name", ["digits"]),
+    "a task's weight": set_to("tasks", 0, "weight", "heavy"),
+    "a task's weight below 0": set_to("tasks", 0, "weight", -1),
+    "a weight of 400 digits": set_to("tasks", 0, "weight", 10**400),
+    "a task's examples": set_to("tasks", 0, "num_examples", 2.5),
+    "parameters in a list": set_to("parameters", ["scale"]),
+    "a parameter that is none": set_to("parameters", "scale", 3),
+    "one parameter more": set_to("parameters", "x", {"shape": [], "scale": 1.0, "offset": 0.0}),
+    "a scale that is text": set_to("parameters", "scale", "scale", "1"),
+    "a scale of 0": set_to("parameters", "scale", "scale", 0.0),
+    "a scale of 400 digits": set_to("parameters", "scale", "scale", 10**400),
+    "a scale that overflows": set_to("parameters", "body.weight", "scale", 1e38 * 3),
+    "an offset that is true": set_to("parameters", "scale", "offset", True),
+    "an offset below 0": set_to("parameters", "scale", "offset", -0.5),
+    "an offset of 400 digits": set_to("parameters", "scale", "offset", 10**400),
+    "metadata in a list": set_to("metadata", []),
+}
+
+
+@pytest.mark.parametrize("change", DOCUMENTS)
+def test_documents_that_are_whole_but_wrong_are_refused(tmp_path, change):
+    make().save_pretrained(tmp_path)
+    rewrite(tmp_path)
+    assert EWCState.from_pretrained(tmp_path) == make()
+    rewrite(tmp_path, change=DOCUMENTS[change])
+    refuse(tmp_path, "damaged|make no state|neither in")
+
+
+def of(value):
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+DENSE = {
+    "below 0": ("importance/body.bias", torch.neg),
+    "not a number": ("anchor/scale", of(torch.nan)),
+    "infinite": ("importance/body.weight", of(torch.inf)),
+    "missing": ("anchor/scale", None),
+    "integers": ("importance/body.bias", lambda t: t.long()),
+    "truths": ("anchor/body.bias", lambda t: t > 0),
+    "another shape": ("importance/body.weight", lambda t: t.t().contiguous()),
+    "flat": ("anchor/body.weight", lambda t: t.flatten()),
+    "8 bits without exponents": ("importance/body.bias", lambda t: t.to(torch.float8_e4m3fn)),
+    "positions of all": ("indices/body.weight", torch.arange(40 * 32)),
+    "exponents of all": ("exponents/body.bias", torch.zeros(40, dtype=torch.int8)),
+    "something else": ("colour/body.bias", torch.zeros(1)),
+}
+
+
+SPARSE = {
+    "twice": ("indices/body.weight", lambda t: t[:1].repeat(len(t))),
+    "in another order": ("indices/body.weight", lambda t: t.flip(0)),
+    "below 0": ("indices/body.weight", lambda t: t - t[0] - 1),
+    "beyond the end": ("indices/body.weight", lambda t: t - t[-1] + 1200),
+    "as floats": ("indices/body.weight", lambda t: t.float()),
+    "as truths": ("indices/body.weight", lambda t: t > 0),
+    "as bytes": ("indices/body.weight", lambda t: (t % 200).to(torch.uint8)),
+    "on two axes": ("indices/body.weight", lambda t: t.unsqueeze(0)),
+    "fewer": ("indices/body.weight", lambda t: t[:-1]),
+    "none": ("indices/body.weight", None),
+    "values on two axes": ("importance/body.weight", lambda t: t.unsqueeze(0)),
+    "fewer anchors": ("anchor/body.weight", lambda t: t[:-1]),
+}
+EIGHT = {
+    "no exponents": ("exponents/body.weight", None),
+    "wide exponents": ("exponents/body.weight", lambda t: t.int()),
+    "fewer exponents": ("exponents/body.weight", lambda t: t[:-1]),
+    "flat exponents": ("exponents/body.weight", lambda t: t.flatten()),
+    "large exponents": ("exponents/body.weight", of(127)),
+    "not a number": (
+        "importance/body.weight",
+        lambda t: torch.full(t.shape, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn),
+    ),
+    "signs": ("importance/body.weight", lambda t: (-t.float()).to(torch.float8_e4m3fn)),
+    "values that are wide": ("importance/body.weight", lambda t: t.float()),
+}
+FORMS = {"dense": ({}, DENSE), "sparse": ({"keep_fraction": 0.1}, SPARSE)}
+FORMS["eight bits"] = ({"dtype": "float8"}, EIGHT)
+
+
+@pytest.mark.parametrize(
+    ("form", "change"), [(form, change) for form, (_, kinds) in FORMS.items() for change in kinds]
+)
+def test_tensors_that_are_whole_but_wrong_are_refused(tmp_path, form, change):
+    """With right hashes: what the tensors hold is looked at as well."""
+    options, changes = FORMS[form]
+    state = make(columns=32).pack(**options)
+    state.save_pretrained(tmp_path)
+    assert EWCState.from_pretrained(tmp_path) == state
+    tensors = storage.load_file(tensor_file(tmp_path))
+    name, new = changes[change]
+    if new is None:
+        del tensors[name]
+    else:
+        tensors[name] = new if isinstance(new, torch.Tensor) else new(tensors[name])
+    rewrite(tmp_path, tensors)
+    refuse(tmp_path, "damaged|make no state")
+
+
+# What is no file of a state, or too large for one
+
+
+def is_refused_soon(folder: Path, message: str) -> None:
+    """In a process of its own, which a hang cannot hold up."""
+    process = FORKS.Process(target=refuse, args=(folder, message))
+    process.start()
+    process.join(60)
+    hung = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hung
+    assert process.exitcode == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices")
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "socket", "folder", "large"])
+def test_what_is_no_regular_file_of_a_fit_size_is_refused(tmp_path, kind, monkeypatch):
+    make().save_pretrained(tmp_path)
+    path = tmp_path / STATE_FILE
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "link":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            monkeypatch.chdir(tmp_path)  # a socket's path may have 108 bytes
+            bound.bind(path.name)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 20 << 30)
+    is_refused_soon(tmp_path, "damaged")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+def test_a_pipe_below_holds_no_writer_up(tmp_path):
+    """Saving looks into the folders below for references."""
+    make(1).save_pretrained(tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    os.mkfifo(tmp_path / "checkpoint-1" / STATE_FILE)
+    process = FORKS.Process(target=make(2).save_pretrained, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert EWCState.from_pretrained(tmp_path) == make(2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("kind", ["pipe", "large"])
+def test_a_tensor_file_that_is_none_is_refused(tmp_path, kind):
+    make().save_pretrained(tmp_path)
+    path = tensor_file(tmp_path)
+    if kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        os.truncate(path, 20 << 30)
+    is_refused_soon(tmp_path, "neither in|damaged")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000])
+def test_deep_and_long_json_is_refused(tmp_path, text):
+    make().save_pretrained(tmp_path)
+    (tmp_path / STATE_FILE).write_text(text)
+    refuse(tmp_path)
+
+
+def test_metadata_that_no_file_could_hold_are_refused(tmp_path, monkeypatch):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="JSON"):
+        EWCState(metadata={"deep": deep})
+    monkeypatch.setattr(document, "LARGEST_DOCUMENT", 1000)
+    with pytest.raises(ValueError, match="keep what is large out of the metadata"):
+        EWCState(metadata={"long": "x" * 1000}).save_pretrained(tmp_path)
+
+
+# What is handed out
+
+
+def test_what_is_handed_out_does_not_change_the_state(tmp_path):
+    state = make()
+    state.save_pretrained(tmp_path)
+    state.importance["body.weight"].mul_(2)
+    state.anchor["body.weight"].data.fill_(7.0)
+    state.anchor["scale"].numpy()[...] = 3.0
+    state.metadata["list"].append(4)
+    with pytest.raises(TypeError):
+        state.metadata["value"] = 2
+    with pytest.raises(TypeError):
+        state.offsets["scale"] = 2.0
+    for name, tensor in state.importance.items():
+        tensor.zero_()
+        assert bool((state.importance[name] > 0).all())
+    assert state == make()
+    state.save_pretrained(tmp_path)
+    assert EWCState.from_pretrained(tmp_path) == make()
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_tensors_changed_where_they_are_held_are_written_again(tmp_path, part):
+    """Not through what the state hands out, but behind its back."""
+    state = make()
+    state.save_pretrained(tmp_path)
+    state.packed("body.weight")[part].values.mul_(2)
+    state.save_pretrained(tmp_path)
+    assert EWCState.from_pretrained(tmp_path) == state
+    assert state != make()
+
+
+def test_a_state_with_other_words_has_the_same_tensor_file(tmp_path):
+    state = make()
+    state.save_pretrained(tmp_path)
+    inode = tensor_file(tmp_path).stat().st_ino
+    other = replace(state, metadata={"new": 1}, tasks=())
+    other.save_pretrained(tmp_path)
+    assert tensor_file(tmp_path).stat().st_ino == inode
+    assert EWCState.from_pretrained(tmp_path) == other
+    less = other.without(["scale"])
+    less.save_pretrained(tmp_path)
+    assert EWCState.from_pretrained(tmp_path) == less
 
 
 def test_what_is_no_state_is_refused(tmp_path):
@@ -313,7 +549,7 @@ def save_for_ever(folder: Path, ready) -> None:
     while True:
         for state in states:
             # A new object: one that was saved before would not write its tensors again.
-            state.with_metadata().save_pretrained(folder)
+            replace(state, importance=dict(state.importance)).save_pretrained(folder)
             storage.save_reference(folder, folder / "checkpoint-1")
 
 

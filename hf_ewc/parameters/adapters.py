@@ -187,7 +187,7 @@ def differentiable(weight: nn.Parameter | AdaptedWeight) -> Tensor:
     return weight.current() if isinstance(weight, AdaptedWeight) else weight
 
 
-def value_of(weight: nn.Parameter | AdaptedWeight) -> Tensor:
+def value_of(weight: Tensor | AdaptedWeight) -> Tensor:
     """The weight as it is now, detached; in shards where it is so (see `sharding.values`)."""
     if not isinstance(weight, AdaptedWeight):
         return sharding.values(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """As ``reshard``, and let ZeRO-3 take the values away that were gathered for a backward.
+    """As `reshard`, and let ZeRO-3 take the values away that were gathered for a backward.
 
     Of modules whose inputs need no gradient DeepSpeed's hooks do not see the end; its own engine
     does likewise after each step.
@@ -34,26 +34,27 @@ def release(model: nn.Module) -> None:
     reshard(model)
     for parameter in model.parameters():
         if is_zero3(parameter):
-            zero3 = _zero3(parameter)
+            zero3 = cast(Any, parameter)
             zero3.ds_active_sub_modules.clear()
             if not zero3.ds_persist and zero3.ds_status.name == "AVAILABLE":
                 zero3.partition()
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this process holds of ``parameter``: its shard, or all of it."""
+    """What this process holds of `parameter`: its shard, or all of it."""
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     if is_zero3(parameter):
-        partition: Tensor = _zero3(parameter).ds_tensor.detach()
+        partition: Tensor = cast(Any, parameter).ds_tensor.detach()
         return partition
     return parameter
 
 
 def part_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The entries of the whole ``tensor`` that belong to this process's part of ``parameter``."""
+    """The entries of the whole `tensor` that belong to this process's part of `parameter`."""
     if isinstance(parameter, DTensor):
-        return _shard_like(tensor, parameter)
+        part = local_part(place_like(tensor, parameter))
+        return part if isinstance(tensor, DTensor) else part.clone()  # which lets go of the whole
     if is_zero3(parameter):
         return _partition_like(tensor, parameter)
     return tensor
@@ -64,27 +65,27 @@ def layout(parameter: Tensor) -> tuple[object, ...]:
     device = local_part(parameter).device
     if isinstance(parameter, DTensor):
         return device, parameter.device_mesh, parameter.placements
-    return device, _zero3(parameter).ds_process_group if is_zero3(parameter) else None
+    return device, cast(Any, parameter).ds_process_group if is_zero3(parameter) else None
 
 
 def summed_over_parts(values: Tensor, parameter: Tensor) -> Tensor:
-    """Sums over each process's part of parameters that lie as ``parameter`` → over the whole."""
+    """Sums over each process's part of parameters that lie as `parameter` → over the whole."""
     if isinstance(parameter, DTensor):
         placements = [Partial() if p.is_shard() else Replicate() for p in parameter.placements]
         return DTensor.from_local(values, parameter.device_mesh, placements).full_tensor()
     if is_zero3(parameter):
         values = values.clone()
-        torch.distributed.all_reduce(values, group=_zero3(parameter).ds_process_group)
+        torch.distributed.all_reduce(values, group=cast(Any, parameter).ds_process_group)
     return values
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process may hold a part of ``parameter`` only."""
+    """Whether this process may hold a part of `parameter` only."""
     return isinstance(parameter, DTensor) or is_zero3(parameter)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has taken the values of ``parameter`` away (it is empty here)."""
+    """Whether ZeRO-3 has taken the values of `parameter` away (it is empty here)."""
     return hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
 
 
@@ -94,7 +95,7 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 
 
 def values(parameter: Tensor) -> Tensor:
-    """``parameter``, or for ZeRO-3's its values in a DTensor: each process has some rows.
+    """`parameter`, or for ZeRO-3's its values in a DTensor: each process has some rows.
 
     Partitions of ZeRO-3 follow no axis, so nothing but ZeRO-3 could read them; rows can be gathered
     and saved as those of FSDP2 are. The parameter is gathered for a moment, by all processes.
@@ -146,18 +147,11 @@ def first_entry(parameter: Tensor) -> int:
 
 
 def zeros_like_values(parameter: Tensor) -> DTensor:
-    """Zeros in fp32 (fp64 for fp64) that lie as ``values(parameter)`` does."""
+    """Zeros in fp32 (fp64 for fp64) that lie as `values(parameter)` does."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if isinstance(parameter, DTensor):
         local = torch.zeros_like(parameter.to_local(), dtype=dtype, requires_grad=False)
-        return DTensor.from_local(
-            local,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        return cast(DTensor, with_local(local, parameter))
     shape = whole_shape(parameter)
     mesh = init_device_mesh(parameter.device.type, (torch.distributed.get_world_size(),))
     placement = [Shard(0) if shape else Replicate()]
@@ -165,7 +159,7 @@ def zeros_like_values(parameter: Tensor) -> DTensor:
 
 
 def local_rows(whole: Tensor, like: DTensor) -> Tensor:
-    """The entries of ``whole``, which every process has, that belong to its part of ``like``."""
+    """The entries of `whole`, which every process has, that belong to its part of `like`."""
     return _rows_of(whole, like).to_local()
 
 
@@ -183,20 +177,8 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def is_zero3(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 owns ``parameter`` (small ones it leaves whole count as well)."""
+    """Whether ZeRO-3 owns `parameter` (small ones it leaves whole count as well)."""
     return hasattr(parameter, "ds_tensor")
-
-
-def _zero3(parameter: Tensor) -> Any:
-    return parameter
-
-
-def _shard_like(tensor: Tensor, parameter: DTensor) -> Tensor:
-    mesh, placements = parameter.device_mesh, parameter.placements
-    if isinstance(tensor, DTensor):
-        return tensor.redistribute(mesh, placements).to_local()
-    # Every process has the whole tensor already, so nothing is sent; a copy lets go of the whole.
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local().clone()
 
 
 def _partition_like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -204,7 +186,7 @@ def _partition_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     size = local_part(parameter).numel()
-    start = size * torch.distributed.get_rank(group=_zero3(parameter).ds_process_group)
+    start = size * torch.distributed.get_rank(group=cast(Any, parameter).ds_process_group)
     part = torch.zeros(size, dtype=tensor.dtype, device=tensor.device)
     own = tensor.reshape(-1)[start : start + size]
     part[: own.numel()] = own
@@ -213,31 +195,41 @@ def _partition_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def _rows_of(whole: Tensor, like: DTensor) -> DTensor:
     # Every process has the whole tensor already, so nothing is sent.
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    there = whole.to(like.device)
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor, of which this process holds one shard (FSDP2)."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """The part of `tensor` that this process holds: its shard of a DTensor, else all of it."""
-    return cast(Any, tensor).to_local() if is_dtensor(tensor) else tensor
+    return isinstance(tensor, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of `tensor`; for a DTensor every process has to call it."""
-    return cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def with_local(local: Tensor, like: Tensor, row: Sequence[int] | None = None) -> Tensor:
+    """The tensor of which this process holds `local`, in any shape, and that lies as `like` does.
+
+    Args:
+        row: its shape after the first axis if that is another than of `like`, which then may be
+            sharded on its first axis only.
+    """
+    shape = like.shape if row is None else torch.Size((*like.shape[:1], *row))
+    if not isinstance(like, DTensor):
+        return local.view(shape)
+    own = like.to_local().shape
+    local = local.view(own if row is None else (*own[:1], *row))
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def place_like(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` on the device of `like`, and in the same shards if `like` is a DTensor."""
-    if not is_dtensor(like):
+    if not isinstance(like, DTensor):
         return whole(tensor).to(like.device)
-    mesh, placements = cast(Any, like).device_mesh, cast(Any, like).placements
-    if is_dtensor(tensor):
-        return cast(Tensor, cast(Any, tensor).redistribute(mesh, placements))
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), mesh, placements)
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(like.device_mesh, like.placements)
+    return _rows_of(tensor, like)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_ewc.parameters.sharding import is_partitioned, whole_shape
-from hf_ewc.state.packing import TensorMap
+from hf_ewc.parameters.sharding import is_partitioned, is_zero3, whole_shape
+from hf_ewc.state.packed import TensorMap
 
 
 def validate(importance: TensorMap, anchor: TensorMap, offsets: Mapping[str, float]) -> None:
@@ -36,13 +36,23 @@ def misfits(
     parameters: Mapping[str, Tensor],
     owner: str,
     values_needed: bool = True,
+    gathers: bool = False,
 ) -> list[str]:
-    """What of `needed`, the shapes that `owner` has, is not so in `parameters`, one phrase each."""
+    """What of `needed`, the shapes that `owner` has, is not so in `parameters`, one phrase each.
+
+    Args:
+        values_needed: values in parts are a problem,
+        gathers: but not where they will be gathered.
+    """
     problems = []
     for name, shape in needed.items():
         if name not in parameters:
             problems.append(f"{name}: in {owner}, not among the parameters")
-        elif values_needed and is_partitioned(parameters[name]):
+        elif (
+            values_needed
+            and is_partitioned(parameters[name])
+            and not (gathers and is_zero3(parameters[name]))
+        ):
             problems.append(f"{name}: held in parts by DeepSpeed ZeRO-3; gather it first")
         elif whole_shape(parameters[name]) != shape:
             seen = list(whole_shape(parameters[name]))

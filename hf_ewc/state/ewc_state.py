@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,48 +16,27 @@ from torch import Tensor, nn
 
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.adapters import (
-    differentiable,
-    placed_by_name,
-    value_of,
-    weights_named,
-)
+from hf_ewc.parameters.adapters import differentiable, placed_by_name, weights_named
 from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name
 from hf_ewc.parameters.selection import names_in
 from hf_ewc.processes import is_main_process as is_main
 from hf_ewc.state import card, fingerprint, hub, packing, storage
 from hf_ewc.state.compatibility import advice, misfits, refuse_misfits, validate
-from hf_ewc.state.packing import PackedTensor, TensorMap, as_map, held, state_dtype
-from hf_ewc.state.quadratic import check_arguments, combined, half_square
+from hf_ewc.state.consolidation import Consolidation, Parameters, Settings
+from hf_ewc.state.packed import PackedTensor, TensorMap
+from hf_ewc.state.quadratic import half_square
+from hf_ewc.state.records import ReadOnly, TaskRecord, as_json
 
-Parameters = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """What is known of one consolidated task.
-
-    Args:
-        name: the task's name.
-        num_examples: examples that its Fisher was estimated on.
-        fisher_type: "exact", "sampled", "empirical" or "batched".
-        weight: w, by which its Fisher was multiplied.
-        date: when it was consolidated, ISO 8601 in UTC.
-    """
-
-    name: str
-    num_examples: int
-    fisher_type: str
-    weight: float
-    date: str
+__all__ = ["EWCState", "TaskRecord"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class EWCState:
     """Importance A, anchor c and offset of ½ Σ_i A_i (θ_i − c_i)² + offset, an immutable value.
 
     One such quadratic stands exactly for the sum of the penalties ½ Σ_k w_k F_k (θ − θ*_k)² of any
-    number of tasks (`consolidate`). `EWCState()` is the empty state, whose penalty is 0.
+    number of tasks (`consolidate`). `EWCState()` is the empty state, whose penalty is 0. What the
+    fields hand out are copies: changing them does not change the state.
 
     Args:
         importance: A by parameter name, at least 0, read in fp32; tensors given are copied.
@@ -73,29 +51,37 @@ class EWCState:
         ValueError: an importance is below 0 or not finite, an anchor is not finite, the names or
             shapes of both differ, an offset is below 0, not finite or of an unknown name, or the
             metadata are not JSON.
-        TypeError: an entry is not a floating-point tensor.
+        TypeError: an entry is not a floating-point tensor, or a task is no `TaskRecord`.
     """
 
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
-    anchor: Mapping[str, Tensor] = field(default_factory=dict)
-    offsets: Mapping[str, float] = field(default_factory=dict)
-    tasks: tuple[TaskRecord, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    importance: TensorMap
+    anchor: TensorMap
+    offsets: Mapping[str, float]
+    tasks: tuple[TaskRecord, ...]
+    metadata: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        importance = held("importance", self.importance, torch.float32)
-        anchor = held("anchor", self.anchor, None)
-        offsets = {canonical_name(name): float(value) for name, value in self.offsets.items()}
-        validate(importance, anchor, offsets)
-        values = {
-            "importance": importance,
-            "anchor": anchor,
-            "offsets": {name: offsets.get(name, 0.0) for name in importance},
-            "tasks": tuple(self.tasks),
-            "metadata": _json_copy(self.metadata),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+    def __init__(
+        self,
+        importance: Mapping[str, Tensor] | None = None,
+        anchor: Mapping[str, Tensor] | None = None,
+        offsets: Mapping[str, float] | None = None,
+        tasks: Sequence[TaskRecord] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        strengths = TensorMap.of("importance", importance or {}, torch.float32)
+        centers = TensorMap.of("anchor", anchor or {}, None)
+        constants = {canonical_name(key): float(value) for key, value in (offsets or {}).items()}
+        validate(strengths, centers, constants)
+        for task in tasks:
+            if not isinstance(task, TaskRecord):
+                raise TypeError(f"tasks hold a {type(task).__name__}; needed are TaskRecords.")
+        self.__dict__.update(
+            importance=strengths,
+            anchor=centers,
+            offsets=ReadOnly({name: constants.get(name, 0.0) for name in strengths}),
+            tasks=tuple(tasks),
+            metadata=ReadOnly(as_json(metadata or {})),
+        )
 
     def __bool__(self) -> bool:
         """False for the empty state, which protects nothing."""
@@ -114,14 +100,13 @@ class EWCState:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that this process holds; sparse positions are counted once."""
-        return sum(
-            importance.nbytes + sharding.local_shard(anchor.values).nbytes
-            for importance, anchor in map(self.packed, self.importance)
+        return self.importance.nbytes + sum(
+            sharding.local_part(self.anchor.packed(name).values).nbytes for name in self.anchor
         )
 
     def packed(self, name: str) -> tuple[PackedTensor, PackedTensor]:
         """Importance and anchor of one parameter as they are held; sparse ones share `indices`."""
-        return as_map(self.importance).packed(name), as_map(self.anchor).packed(name)
+        return self.importance.packed(name), self.anchor.packed(name)
 
     def consolidate(
         self,
@@ -132,6 +117,9 @@ class EWCState:
         gamma: float = 1.0,
         weight: float = 1.0,
         name: str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        keep_fraction: float = 1.0,
+        device: torch.device | str | None = None,
     ) -> EWCState:
         """The state after one more task with Fisher F and parameters θ*.
 
@@ -154,44 +142,45 @@ class EWCState:
             gamma: γ, decay of what the state holds, from 0 to 1.
             weight: w ≥ 0 of this task.
             name: of the task; by default "task_1", "task_2", ….
+            dtype: of the new importance, see `pack`; each tensor is packed as it is made.
+            keep_fraction: share of the new importances that is kept, see `pack`.
+            device: where the new tensors go, each as it is made; None: where the parameters are.
 
         Raises:
             ValueError: a value out of its range, a name missing in `parameters`, another shape, an
                 anchor that would not be finite, or another base model than before.
         """
-        check_arguments(fisher, mode, gamma, weight, name)
-        new = {canonical_name(key): value for key, value in fisher.diagonal.items()}
-        names = list(dict.fromkeys((*self.importance, *new)))
-        values = _parameter_values(parameters, names)
-        refuse_misfits(
-            "The parameters do not fit the state and the Fisher",
-            misfits({name: tensor.shape for name, tensor in new.items()}, values, "the Fisher")
-            + misfits(_shapes(self.importance), values, "the state"),
-        )
-        importance, anchor, offsets = {}, {}, {}
-        for key in names:
-            old = self._quadratic(key, values[key])
-            importance[key], anchor[key], offsets[key] = combined(
-                old, new.get(key), values[key], mode, gamma, weight
+        settings = Settings(mode, gamma, weight, dtype, keep_fraction, device)
+        return self.begin_consolidation(fisher, parameters, settings, name)()
+
+    def begin_consolidation(
+        self, fisher: Fisher, parameters: Parameters, settings: Settings, name: str | None = None
+    ) -> Callable[[], EWCState]:
+        """`consolidate` in two steps: all checks now, the new state when the result is called.
+
+        The result holds neither this state nor the Fisher, only their tensors, each until its
+        successor is there. Who drops both before the call, as the Trainer does, never has more than
+        the largest tensor twice.
+        """
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"name is a {type(name).__name__}, {name!r}; a task's name is a string."
             )
+        work = Consolidation(
+            self.importance, self.anchor, self.offsets, fisher, parameters, settings
+        )
         record = TaskRecord(
             name=f"task_{self.num_tasks + 1}" if name is None else name,
             num_examples=fisher.num_examples,
             fisher_type=fisher.fisher_type,
-            weight=float(weight),
+            weight=float(settings.weight),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        metadata = dict(self.metadata)
+        tasks, metadata = (*self.tasks, record), dict(self.metadata)
         if isinstance(parameters, nn.Module):
             self._check_fingerprint(parameters)
-            metadata["fingerprint"] = fingerprint.of_model(parameters, names)
-        return EWCState(
-            TensorMap({key: packing.dense(value) for key, value in importance.items()}),
-            TensorMap({key: packing.dense(value) for key, value in anchor.items()}),
-            offsets,
-            (*self.tasks, record),
-            metadata,
-        )
+            metadata["fingerprint"] = fingerprint.of_model(parameters, work.names)
+        return lambda: EWCState(*work.finish(), tasks, metadata)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """½ Σ_i A_i (θ_i − c_i)² + offset as a differentiable 0-dim tensor, without λ.
@@ -231,26 +220,19 @@ class EWCState:
     ) -> EWCState:
         """The same state in less memory.
 
-        The importance is held in `dtype`; in half precision with one scale per parameter, so that
-        no positive importance becomes 0. The anchor keeps its precision. With `keep_fraction` below
+        The importance is held in `dtype`; in half precision with one scale per parameter, in float8
+        (E4M3, off by at most 6 %) with one for each 128, so that no positive importance becomes 0.
+        The anchor keeps its precision. With `keep_fraction` below
         1 only the largest ⌈share · entries⌉ importances of the whole state are kept (those that are
         0 never), with their anchors, as sparse tensors; all others are unprotected from then on.
         A parameter of which so much is kept that sparse would be larger is held dense.
 
         Raises:
-            ValueError: another dtype than float32, bfloat16 or float16, a share outside (0, 1], or
-                DTensors with a share below 1.
+            ValueError: another dtype than float32, bfloat16, float16 or float8, a share outside
+                (0, 1], or DTensors with a share below 1.
         """
-        dtype = state_dtype(dtype)
-        if not 0.0 < keep_fraction <= 1.0:
-            raise ValueError(
-                f"keep_fraction is {keep_fraction!r}; allowed is a share above 0, at most 1."
-            )
-        importance, anchor = self._packed_maps()
-        if keep_fraction < 1.0:
-            importance, anchor = packing.largest(importance, anchor, keep_fraction, dtype)
-        importance = {name: packing.cast_to(packed, dtype) for name, packed in importance.items()}
-        return replace(self, importance=TensorMap(importance), anchor=TensorMap(anchor))
+        importance, anchor = packing.packed_into(self.importance, self.anchor, dtype, keep_fraction)
+        return replace(self, importance=importance, anchor=anchor)
 
     def grow_rows(self, model: nn.Module, names: Iterable[str]) -> EWCState:
         """The state with the new last rows of grown parameters admitted, unprotected.
@@ -301,15 +283,7 @@ class EWCState:
 
     def to(self, device: torch.device | str) -> EWCState:
         """The same state with its tensors on `device`."""
-        return replace(
-            self,
-            importance=as_map(self.importance).to(device),
-            anchor=as_map(self.anchor).to(device),
-        )
-
-    def with_metadata(self, **entries: Any) -> EWCState:
-        """The same state with these entries added to its metadata."""
-        return replace(self, metadata={**self.metadata, **entries})
+        return replace(self, importance=self.importance.to(device), anchor=self.anchor.to(device))
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], is_main_process: bool | None = None
@@ -326,15 +300,7 @@ class EWCState:
         """
         if is_main_process is None:
             is_main_process = is_main()
-        tasks = [asdict(task) for task in self.tasks]
-        content = storage.Content(
-            as_map(self.importance), as_map(self.anchor), self.offsets, tasks, self.metadata
-        )
-        written = storage.save(
-            content, Path(folder), is_main_process, self.__dict__.get("_written")
-        )
-        # Not a field: what is known of the tensor file spares writing it again to the same folder.
-        object.__setattr__(self, "_written", written)
+        storage.save(self._content, Path(folder), is_main_process)
 
     @classmethod
     def from_pretrained(
@@ -355,11 +321,9 @@ class EWCState:
         """
         folder = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir)
         content = storage.load(folder)
-        try:
-            tasks = tuple(TaskRecord(**task) for task in content.tasks)
-        except TypeError as error:
-            raise ValueError(f"{folder}: the records of tasks are damaged ({error}).") from None
-        return cls(content.importance, content.anchor, content.offsets, tasks, content.metadata)
+        return cls(
+            content.importance, content.anchor, content.offsets, content.tasks, content.metadata
+        )
 
     def push_to_hub(
         self,
@@ -401,7 +365,7 @@ class EWCState:
         Args:
             settings: further lines, such as {"λ": 1000.0}.
         """
-        size = sum(shape.numel() for shape in _shapes(self.importance).values())
+        size = sum(shape.numel() for shape in self.importance.shapes.values())
         facts: dict[str, object] = {
             "Protected": f"{size:,} parameters in {len(self.importance)} tensors",
             "Size": f"{self.nbytes / 2**20:.1f} MiB",
@@ -409,25 +373,20 @@ class EWCState:
         }
         return card.card_section([asdict(task) for task in self.tasks], facts)
 
-    def _packed_maps(self) -> tuple[dict[str, PackedTensor], dict[str, PackedTensor]]:
-        pairs = {name: self.packed(name) for name in self.importance}
-        return (
-            {name: importance for name, (importance, _) in pairs.items()},
-            {name: anchor for name, (_, anchor) in pairs.items()},
+    @property
+    def _content(self) -> storage.Content:
+        return storage.Content(
+            self.importance, self.anchor, self.offsets, self.tasks, self.metadata
         )
 
-    def _quadratic(self, name: str, like: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        if name not in self.importance:
-            return None
-        importance, anchor = self.importance[name], self.anchor[name]
+    def _packed_maps(self) -> tuple[dict[str, PackedTensor], dict[str, PackedTensor]]:
         return (
-            sharding.place_like(importance, like),
-            sharding.place_like(anchor, like),
-            self.offsets[name],
+            {name: self.importance.packed(name) for name in self.importance},
+            {name: self.anchor.packed(name) for name in self.anchor},
         )
 
     def _check_names(self, model: nn.Module, values_needed: bool) -> None:
-        shapes, parameters = _shapes(self.importance), placed_by_name(self.importance, model)
+        shapes, parameters = self.importance.shapes, placed_by_name(self.importance, model)
         recorded = self.metadata.get("fingerprint")
         source = recorded.get("model") if isinstance(recorded, Mapping) else None
         refuse_misfits(
@@ -441,28 +400,3 @@ class EWCState:
         if isinstance(recorded, Mapping):
             problems = fingerprint.mismatches(recorded, model)
             refuse_misfits("The state belongs to another model", problems)
-
-
-def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        copy: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata must be what JSON can hold: {error}.") from error
-    return copy
-
-
-def _parameter_values(parameters: Parameters, names: Collection[str]) -> dict[str, Tensor]:
-    if isinstance(parameters, nn.Module):
-        found = weights_named(names, parameters)
-        return {name: value_of(weight) for name, weight in found.items() if name in names}
-    pairs = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
-    if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
-        raise TypeError(
-            f"parameters hold a {type(pairs[0]).__name__}; needed is the model, a dict by name, or "
-            "pairs of name and tensor as of model.named_parameters()."
-        )
-    return {canonical_name(name): value for name, value in pairs}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: as_map(tensors).packed(name).shape for name in tensors}

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
-from hf_ewc.state import storage
+from hf_ewc.state import document, storage
 from hf_ewc.state.card import with_section
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -37,7 +37,7 @@ def resolve(
         return Path(path)
 
     try:
-        folder = fetch(storage.STATE_FILE, revision).parent
+        folder = fetch(document.STATE_FILE, revision).parent
         # A snapshot's folder is named by its commit: both files come from the same one.
         return fetch(storage.tensor_file(folder), folder.name).parent
     except (OSError, EntryNotFoundError, HFValidationError) as error:

@@ -1,190 +1,137 @@
-"""How one tensor of a state is held: dense, in half precision with a scale, or sparse."""
+"""A state in less memory: in 16 or 8 bits, or with its largest importances only, as sparse."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from hf_ewc.parameters.names import canonical_name
-from hf_ewc.parameters.sharding import is_dtensor, local_shard, whole
+from hf_ewc.parameters.sharding import local_part, whole, with_local
+from hf_ewc.state.packed import FLOAT8, PackedTensor, TensorMap, dense
 
-HALF_DTYPES = (torch.bfloat16, torch.float16)
+STATE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": FLOAT8,
+}
+SHARDED = (
+    "Entries of a state in DTensors cannot be selected; save and load the state first, or use "
+    "keep_fraction=1.0."
+)
+BLOCKS = (128, 64, 32, 16)
+"""Values that share an exponent in 8 bits: the first of these that divides a row."""
 
 
-@dataclass(frozen=True, eq=False)
-class PackedTensor:
-    """One tensor as `scale · values`, at every position or only at `indices`.
+def state_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype by its name, or itself.
 
-    Args:
-        values: dense values of the tensor's shape, or with `indices` a vector of the kept values.
-        shape: the shape of the whole tensor.
-        scale: factor of the values, a power of two, so that multiplying by it is exact.
-        indices: positions of the values in the flattened tensor, int32 or int64, ascending; all
-            other entries are 0. None: dense.
+    Raises:
+        ValueError: it is none that an importance can be held in.
     """
+    name = str(dtype).removeprefix("torch.").removesuffix("_e4m3fn")
+    if name not in STATE_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(STATE_DTYPES)}.")
+    return STATE_DTYPES[name]
 
-    values: Tensor
-    shape: torch.Size
-    scale: float = 1.0
-    indices: Tensor | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the values are computed in: float64 for float64, else float32."""
-        return torch.promote_types(self.values.dtype, torch.float32)
+def check_keep_fraction(fraction: float) -> None:
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"keep_fraction is {fraction!r}; allowed is a share above 0, at most 1.")
 
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values and indices that this process holds."""
-        held = [self.values] if self.indices is None else [self.values, self.indices]
-        return sum(local_shard(tensor).nbytes for tensor in held)
-
-    def kept(self) -> Tensor:
-        """The values in `dtype`, scaled; shaped as `values`."""
-        values = self.values.to(self.dtype)
-        return values if self.scale == 1.0 else values * self.scale
-
-    def dense(self) -> Tensor:
-        """The whole tensor in `dtype`; the tensor itself where it is held so already."""
-        if self.indices is None:
-            return self.kept()
-        flat = torch.zeros(self.shape.numel(), dtype=self.dtype, device=self.device)
-        return flat.index_copy_(0, self.indices.long(), self.kept()).view(self.shape)
-
-    def to(self, device: torch.device | str) -> PackedTensor:
-        """The same tensor on `device`."""
-        indices = None if self.indices is None else self.indices.to(device)
-        return PackedTensor(self.values.to(device), self.shape, self.scale, indices)
-
-    def problems(self, at_least_zero: bool) -> list[str]:
-        """What is wrong with the values, as phrases that follow the tensor's name."""
-        values, size = local_shard(self.values), self.shape.numel()
-        found = []
-        if self.indices is None and self.values.shape != self.shape:
-            found.append(f"is {list(self.values.shape)} where {list(self.shape)} was expected")
-        if self.indices is not None and self.indices.shape != self.values.shape:
-            found.append(f"has {values.numel()} values at {self.indices.numel()} positions")
-        elif self.indices is not None and values.numel():
-            first, last = (int(bound) for bound in self.indices.aminmax())
-            if first < 0 or last >= size:
-                found.append(f"has positions from {first} to {last} in a tensor of {size}")
-        if not math.isfinite(self.scale) or self.scale <= 0:
-            found.append(f"has the scale {self.scale}; it is finite and above 0")
-        if values.numel():
-            low, high = (bound.item() for bound in values.aminmax())
-            if not (math.isfinite(low) and math.isfinite(high)):
-                found.append("has values that are not finite")
-            elif at_least_zero and low < 0:
-                found.append(f"has a value of {low * self.scale:.3g}; it is nowhere below 0")
-        return found
-
-    def equal(self, other: PackedTensor) -> bool:
-        """Whether both are the same tensor, bit for bit, held in the same way."""
-        return (
-            self.shape == other.shape
-            and self.scale == other.scale
-            and _identical(self.values, other.values)
-            and _identical(self.indices, other.indices)
+def packed_into(
+    importance: TensorMap, anchor: TensorMap, dtype: torch.dtype | str, keep_fraction: float
+) -> tuple[TensorMap, TensorMap]:
+    """The same importance and anchor in less memory; see `EWCState.pack`."""
+    dtype = state_dtype(dtype)
+    check_keep_fraction(keep_fraction)
+    largest = None
+    if keep_fraction < 1.0:
+        if importance.is_sharded:
+            raise ValueError(SHARDED)
+        largest = Largest(
+            lambda: (importance.packed(n).dense().float() for n in importance), keep_fraction
         )
-
-
-class TensorMap(Mapping[str, Tensor]):
-    """Tensors by name, read dense, in fp32 or better, and held as `PackedTensor`."""
-
-    def __init__(self, packed: Mapping[str, PackedTensor]) -> None:
-        self._packed = dict(packed)
-
-    def packed(self, name: str) -> PackedTensor:
-        """The tensor as it is held."""
-        return self._packed[name]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._packed.values())
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether some tensor is a DTensor."""
-        return any(is_dtensor(tensor.values) for tensor in self._packed.values())
-
-    def to(self, device: torch.device | str) -> TensorMap:
-        return TensorMap({name: tensor.to(device) for name, tensor in self._packed.items()})
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._packed[name].dense()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._packed
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TensorMap):
-            if not isinstance(other, Mapping):
-                return NotImplemented
-            return self.keys() == other.keys() and all(
-                isinstance(other[name], Tensor) and torch.equal(tensor, other[name])
-                for name, tensor in self.items()
-            )
-        return self._packed.keys() == other._packed.keys() and all(
-            tensor.equal(other._packed[name]) for name, tensor in self._packed.items()
-        )
-
-    def __repr__(self) -> str:
-        return f"TensorMap({len(self)} tensors, {self.nbytes} bytes)"
-
-
-def _identical(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    one, other = local_shard(one), local_shard(other)
-    return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
-
-
-def dense(values: Tensor) -> PackedTensor:
-    """`values` as they are, not copied."""
-    return PackedTensor(values, values.shape)
+    importances, anchors = {}, {}
+    for name in importance:
+        strength, center = importance.packed(name), anchor.packed(name)
+        if largest is not None:
+            strength, center = largest.take(strength.dense().float(), center, dtype)
+        importances[name], anchors[name] = cast_to(strength, dtype), center
+    return TensorMap(importances), TensorMap(anchors)
 
 
 def cast_to(packed: PackedTensor, dtype: torch.dtype) -> PackedTensor:
-    """Values of at least 0 in `dtype`; in fp16 and bf16 with a scale, so that none becomes 0.
+    """An importance in `dtype`; in 16 bits with a scale, in 8 with an exponent for each block.
 
-    The scale is a power of two that brings the largest value to [2¹⁴, 2¹⁵) in fp16, to [½, 1) in
-    bf16. A positive value that would still round to 0, in fp16 one below 1e-12 of the largest, is
-    held as the smallest positive number.
+    The scale is a power of two that maps the largest value into [2¹⁴, 2¹⁵) in fp16, [½, 1) in bf16;
+    each exponent maps the largest value of its block into [2⁷, 2⁸) (float8_e4m3fn, of which the
+    largest is 448). A positive value that would still round to 0, in fp16 one below 1e-12 of the
+    largest, in 8 bits one below 8e-6 of its block's, is held as the smallest positive number.
+    Vectors and sparse tensors that no block divides are held in bf16 in place of 8 bits.
     """
+    if packed.values.dtype == dtype == FLOAT8:
+        return packed
     values = packed.kept()
-    if dtype not in HALF_DTYPES or values.numel() == 0:
+    if dtype == FLOAT8:
+        size = _block_size(packed)
+        if size:
+            return _in_blocks(values, packed.shape, size)
+        dtype = torch.bfloat16
+    if dtype == torch.float32 or values.numel() == 0:
         return PackedTensor(values.to(dtype), packed.shape, 1.0, packed.indices)
     exponent = math.frexp(whole(values.max()).item())[1]
-    if dtype == torch.float16:
-        exponent -= 15
-    # Within the normal range of fp32 both the scale and its inverse are exact.
-    scale = 2.0 ** max(-120, min(120, exponent))
     smallest = torch.finfo(dtype).smallest_normal
     if dtype == torch.float16:
+        exponent -= 15
         smallest *= torch.finfo(dtype).eps
+    # Within the normal range of fp32 both the scale and its inverse are exact.
+    scale = 2.0 ** max(-120, min(120, exponent))
     scaled = values / scale
     scaled = torch.where(values > 0, scaled.clamp_min(smallest), scaled)
     return PackedTensor(scaled.to(dtype), packed.shape, scale, packed.indices)
+
+
+def _block_size(packed: PackedTensor) -> int:
+    """Values that share an exponent; 0 where there is no such number."""
+    values = packed.values
+    if packed.indices is not None or values.ndim == 0 or not values.numel():
+        return 0
+    if isinstance(values, DTensor) and (
+        values.ndim == 1 or not all(p.is_shard(0) or p.is_replicate() for p in values.placements)
+    ):
+        return 0
+    row = values.numel() // (values.shape[0] if values.ndim > 1 else 1)
+    return next((size for size in BLOCKS if row % size == 0), 0)
+
+
+def _in_blocks(values: Tensor, shape: torch.Size, size: int) -> PackedTensor:
+    own = local_part(values)
+    blocks = own.reshape(-1, size)
+    exponents = torch.frexp(blocks.amax(1)).exponent - 8 if len(blocks) else blocks.new_zeros(0)
+    exponents = exponents.clamp(-120, 120)
+    smallest = torch.finfo(FLOAT8).smallest_normal * torch.finfo(FLOAT8).eps
+    scaled = blocks * torch.exp2(-exponents.float()).unsqueeze(1)
+    scaled = torch.where(blocks > 0, scaled.clamp_min(smallest), scaled)
+    # A vector has one row of blocks, and is never in shards here.
+    held = with_local(scaled.to(FLOAT8), values)
+    codes = exponents.to(torch.int8)
+    if values.ndim == 1:
+        return PackedTensor(held, shape, exponents=codes)
+    row = (values.numel() // values.shape[0] // size,)
+    return PackedTensor(held, shape, exponents=with_local(codes, values, row))
 
 
 def with_rows(packed: PackedTensor, grown: Tensor) -> PackedTensor:
     """`packed` with the further rows of `grown`; those of a sparse tensor are 0."""
     if packed.indices is not None:
         return PackedTensor(packed.values, grown.shape, packed.scale, packed.indices)
+    if packed.exponents is not None:
+        return cast_to(with_rows(dense(whole(packed.kept())), grown), FLOAT8)
     values = whole(packed.values)
     rows = grown[values.shape[0] :].to(values.device) / packed.scale
     dtype = torch.promote_types(values.dtype, rows.dtype) if rows.any() else values.dtype
@@ -192,110 +139,71 @@ def with_rows(packed: PackedTensor, grown: Tensor) -> PackedTensor:
     return PackedTensor(values, grown.shape, packed.scale)
 
 
-def largest(
-    importance: Mapping[str, PackedTensor],
-    anchor: Mapping[str, PackedTensor],
-    fraction: float,
-    dtype: torch.dtype,
-) -> tuple[dict[str, PackedTensor], dict[str, PackedTensor]]:
-    """The ⌈fraction · entries⌉ largest importances of all tensors together, and their anchors.
+class Largest:
+    """The ⌈fraction · entries⌉ largest importances of all tensors together, tensor by tensor.
 
-    Entries that are 0 are never kept; of equal ones at the limit, the first are. Each tensor is
-    sparse, or dense with zeros where that takes less memory with an importance in `dtype`.
+    Entries that are 0 are never kept; of equal ones at the limit, the first are.
 
-    Raises:
-        ValueError: a tensor is a DTensor.
-    """
-    if TensorMap(importance).is_sharded:
-        raise ValueError(
-            "Entries of a state in DTensors cannot be selected; save and load the state first, "
-            "or use keep_fraction=1.0."
-        )
-    values = {name: packed.dense().flatten() for name, packed in importance.items()}
-    # The small tolerance keeps 0.07 · 100 = 7.000000000000001 from being 8.
-    keep = math.ceil(fraction * sum(tensor.numel() for tensor in values.values()) - 1e-6)
-    limit, ties = _limit([tensor.view(torch.int32) for tensor in values.values()], keep)
-    kept_importance, kept_anchor = {}, {}
-    for name, tensor in values.items():
-        bits = tensor.view(torch.int32)
-        equal = (bits == limit).nonzero().flatten()[:ties]
-        ties -= equal.numel()
-        indices = torch.cat([(bits > limit).nonzero().flatten(), equal]).sort().values
-        kept_importance[name], kept_anchor[name] = _selected(
-            tensor, anchor[name], indices, importance[name].shape, dtype
-        )
-    return kept_importance, kept_anchor
-
-
-def _limit(bits: Sequence[Tensor], keep: int) -> tuple[int, int]:
-    """The `keep`-th largest of all entries, and how many equal to it are among the `keep` largest.
-
-    Floats of at least 0 are ordered as their bits are, so that bisection over the bits finds the
-    limit exactly, in 31 passes and without a copy of all entries. At least the smallest positive.
+    Args:
+        importances: gives all importances, flat fp32 tensors of at least 0, each time it is called.
+        fraction: the share that is kept.
     """
 
-    def count(limit: int) -> int:
-        return sum(int((tensor >= limit).sum()) for tensor in bits)
+    def __init__(self, importances: Callable[[], Iterable[Tensor]], fraction: float) -> None:
+        size, histogram = 0, torch.zeros(1 << 15, dtype=torch.int64)
+        for bits in _blocks_of(importances):
+            size += bits.numel()
+            histogram += _counts(bits >> 16, 1 << 15)
+        # The small tolerance keeps 0.07 · 100 = 7.000000000000001 from being 8.
+        keep = math.ceil(fraction * size - 1e-6)
+        upper, keep = _place(histogram, keep)
+        histogram = torch.zeros(1 << 16, dtype=torch.int64)
+        for bits in _blocks_of(importances):
+            histogram += _counts(bits[(bits >> 16) == upper] & 0xFFFF, 1 << 16)
+        lower, keep = _place(histogram, keep)
+        self._limit, self._ties = (upper << 16) + lower, keep
+        if self._limit == 0:
+            self._limit, self._ties = 1, int(histogram[1]) if upper == 0 else 0
 
-    low, high = 1, 2**31 - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) >= keep else (low, middle)
-    return low, max(keep - count(low + 1), 0)
+    def take(
+        self, importance: Tensor, anchor: PackedTensor, dtype: torch.dtype
+    ) -> tuple[PackedTensor, PackedTensor]:
+        """The kept importances of the next tensor, and its anchor at the same places.
 
-
-def _selected(
-    importance: Tensor,
-    anchor: PackedTensor,
-    indices: Tensor,
-    shape: torch.Size,
-    dtype: torch.dtype,
-) -> tuple[PackedTensor, PackedTensor]:
-    index_dtype = torch.int32 if importance.numel() < 2**31 else torch.int64
-    entry = dtype.itemsize + anchor.values.dtype.itemsize
-    if indices.numel() * (index_dtype.itemsize + entry) >= importance.numel() * entry:
-        kept = torch.zeros_like(importance).index_copy_(0, indices, importance[indices])
-        anchors = anchor if anchor.indices is None else dense(anchor.dense())
-        return dense(kept.view(shape)), anchors
-    positions = indices.to(index_dtype)
-    centers = anchor.dense().flatten()[indices].to(anchor.values.dtype)
-    return (
-        PackedTensor(importance[indices], shape, 1.0, positions),
-        PackedTensor(centers, shape, 1.0, positions),
-    )
-
-
-def copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def as_map(tensors: Mapping[str, Tensor]) -> TensorMap:
-    """`tensors` as what `__post_init__` has made of them."""
-    if not isinstance(tensors, TensorMap):
-        raise TypeError(f"Expected a TensorMap, got {type(tensors).__name__}.")
-    return tensors
-
-
-def held(kind: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> TensorMap:
-    """`tensors` as a TensorMap: as it is, or copies in `dtype` (None: their own)."""
-    if isinstance(tensors, TensorMap):
-        return tensors
-    held = {}
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(
-                f"The {kind} of {name!r} must be a floating-point tensor, got {value!r:.80}."
-            )
-        plain = canonical_name(name)
-        if plain in held:
-            raise ValueError(f"The {kind} holds {plain!r} twice, once under the name of a wrapper.")
-        held[plain] = dense(copied(value).to(dtype or value.dtype))
-    return TensorMap(held)
+        Sparse, or dense with zeros where that takes less memory with an importance in `dtype`.
+        """
+        flat, shape = importance.flatten(), importance.shape
+        bits = flat.view(torch.int32)
+        equal = (bits == self._limit).nonzero().flatten()[: self._ties]
+        self._ties -= equal.numel()
+        indices = torch.cat([(bits > self._limit).nonzero().flatten(), equal]).sort().values
+        index_dtype = torch.int32 if flat.numel() < 2**31 else torch.int64
+        entry = dtype.itemsize + anchor.values.dtype.itemsize
+        if indices.numel() * (index_dtype.itemsize + entry) >= flat.numel() * entry:
+            kept = torch.zeros_like(flat).index_copy_(0, indices, flat[indices])
+            anchors = anchor if anchor.indices is None else dense(anchor.dense())
+            return dense(kept.view(shape)), anchors
+        positions = indices.to(index_dtype)
+        centers = anchor.dense().flatten()[indices].to(anchor.values.dtype)
+        return (
+            PackedTensor(flat[indices], shape, 1.0, positions),
+            PackedTensor(centers, shape, 1.0, positions),
+        )
 
 
-def state_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    name = str(dtype).removeprefix("torch.")
-    if name not in allowed:
-        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(allowed)}.")
-    return allowed[name]
+def _blocks_of(importances: Callable[[], Iterable[Tensor]]) -> Iterator[Tensor]:
+    """The bits of all values, which order floats of at least 0 as integers, block by block."""
+    for tensor in importances():
+        for block in tensor.flatten().split(1 << 22):
+            yield block.view(torch.int32).clamp_min(0)  # −0.0 counts as 0
+
+
+def _counts(numbers: Tensor, bins: int) -> Tensor:
+    return torch.bincount(numbers.flatten(), minlength=bins).cpu()
+
+
+def _place(histogram: Tensor, keep: int) -> tuple[int, int]:
+    """The bin that holds the `keep`-th largest entry, and how many of it are among the largest."""
+    above = histogram.flip(0).cumsum(0).flip(0)  # entries in this bin and those above
+    found = int((above >= keep).nonzero().max()) if int(above[0]) >= keep else 0
+    return found, keep - (int(above[found]) - int(histogram[found]))

@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
-from hf_ewc.state.packing import PackedTensor, copied
+from hf_ewc.state.packed import PackedTensor, copied
 
 MODES = ("online", "separate")
+BLOCK = 1 << 20
+"""Entries that are worked on at a time: the scratch space is a few times 4 MiB."""
+
+
+def grown(
+    old: PackedTensor | None, fisher: Tensor | None, theta: Tensor, gamma: float, weight: float
+) -> Tensor:
+    """A' = γA + wF of one parameter θ, in fp32, in a new tensor that lies as θ does."""
+    local = sharding.local_part(theta)
+    total = torch.zeros(local.numel(), dtype=torch.float32, device=local.device)
+    if old is not None:
+        total.add_(_flat(old.dense(), theta)).mul_(gamma)
+    if fisher is not None:
+        for sums, values in zip(total.split(BLOCK), _flat(fisher, theta).split(BLOCK), strict=True):
+            sums.add_(weight * values.float())
+    return sharding.with_local(total, theta)
 
 
 def combined(
-    old: tuple[Tensor, Tensor, float] | None,
+    old: tuple[PackedTensor, PackedTensor, float] | None,
     fisher: Tensor | None,
-    parameter: Tensor,
+    theta: Tensor,
     mode: str,
     gamma: float,
     weight: float,
 ) -> tuple[Tensor, Tensor, float]:
-    """A', c' and offset' of one parameter; the equations of `EWCState.consolidate`."""
-    theta = parameter.detach()
-    if fisher is None:
-        new = torch.zeros_like(theta, dtype=torch.float32)
-    else:
-        new = weight * sharding.place_like(fisher, theta).float()
-    if old is None:
-        return new, copied(theta), 0.0
-    earlier, anchor, offset = old
-    earlier = gamma * earlier
-    total = earlier + new
-    if mode == "online":
+    """A', c' and offset' of one parameter; the equations of `EWCState.consolidate`.
+
+    Beside its arguments and results it holds one tensor more, where the old importance or anchor
+    has to be unpacked, and blocks.
+    """
+    total = grown(None if old is None else old[0], fisher, theta, gamma, weight)
+    if old is None or mode == "online":
         return total, copied(theta), 0.0
-    dtype = torch.promote_types(theta.dtype, torch.float32)
-    step = theta.to(dtype) - anchor.to(dtype)
-    protected = total > 0
-    share = torch.where(protected, new / total, 1.0)
-    # θ itself where nothing else counts, not what rounding makes of anchor + (θ − anchor)
-    moved = torch.where(protected & (share < 1), anchor + share * step, theta.to(dtype))
-    added = sharding.whole((earlier * share * step * step).sum(dtype=torch.float64))
-    return total, moved, gamma * offset + 0.5 * added.item()
+    wide = torch.promote_types(theta.dtype, torch.float32)
+    moved = torch.empty(sharding.local_part(theta).numel(), dtype=wide, device=total.device)
+    added = torch.zeros((), dtype=torch.float64, device=total.device)
+    importance, anchor = (_flat(packed.dense(), theta) for packed in old[:2])
+    nothing = torch.zeros(1, device=total.device).expand(len(moved))
+    new = nothing if fisher is None else _flat(fisher, theta)
+    operands = importance, anchor, new, _flat(total, theta), _flat(theta, theta)
+    for center, a, c, f, sums, t in _blocks(moved, *operands):
+        step, protected = t.to(wide) - c.to(wide), sums > 0
+        share = torch.where(protected, weight * f.float() / sums, 1.0)
+        # θ itself where nothing else counts, not what rounding makes of c + (θ − c)
+        center.copy_(torch.where(protected & (share < 1), c + share * step, t.to(wide)))
+        added += (gamma * a.double() * share * step.double().square()).sum()
+    summed = sharding.summed_over_parts(added, theta)
+    offset = gamma * old[2] + 0.5 * summed.item()
+    return total, sharding.with_local(moved, theta), offset
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of `tensor`, of which it has what it has of `like`, as a vector."""
+    return sharding.local_part(sharding.place_like(tensor.detach(), like)).reshape(-1)
+
+
+def _blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    yield from zip(*(vector.split(BLOCK) for vector in vectors), strict=True)
 
 
 def half_square(importance: PackedTensor, anchor: PackedTensor, theta: Tensor) -> Tensor:
@@ -53,20 +80,3 @@ def half_square(importance: PackedTensor, anchor: PackedTensor, theta: Tensor) -
     strength = sharding.place_like(importance.kept(), theta).to(dtype)
     distance = theta.to(dtype) - sharding.place_like(anchor.kept(), theta).to(dtype)
     return sharding.whole(0.5 * (strength * distance * distance).sum())
-
-
-def check_arguments(
-    fisher: Fisher, mode: str, gamma: float, weight: float, name: str | None
-) -> None:
-    if not isinstance(fisher, Fisher):
-        raise TypeError(f"fisher must be a Fisher, got {type(fisher).__name__}.")
-    if not fisher.diagonal:
-        raise ValueError("The Fisher has no parameters; estimate it for at least one.")
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(map(repr, MODES))}.")
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma is {gamma!r}; allowed is a number from 0 to 1.")
-    if not 0.0 <= weight < math.inf:
-        raise ValueError(f"weight is {weight!r}; allowed is a finite number of at least 0.")
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"name is a {type(name).__name__}, {name!r}; a task's name is a string.")

@@ -12,11 +12,8 @@ state or the whole new one. A checkpoint refers to the tensor file in the folder
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import shutil
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_ewc.files import alone_in, move_into_place, sha256, workplace
+from hf_ewc.files import (
+    alone_in,
+    move_into_place,
+    remove_leftovers,
+    replace_content,
+    sha256,
+    workplace,
+)
 from hf_ewc.parameters.sharding import whole
-from hf_ewc.state.packing import PackedTensor, TensorMap
-
-FORMAT_VERSION = 1
-STATE_FILE = "ewc_state.json"
-_TENSOR_FILE = re.compile(r"ewc_state-[0-9a-f]{16}\.safetensors")
-_TEMPORARY = re.compile(r"\.ewc_state-[0-9a-f]{32}\.tmp")
+from hf_ewc.state.document import STATE_FILE, TENSOR_FILE, Document, Entry, parsed, read_bytes
+from hf_ewc.state.packed import PackedTensor, TensorMap
+from hf_ewc.state.records import TaskRecord
 
 
 @dataclass(frozen=True)
@@ -43,79 +44,105 @@ class Content:
     importance: TensorMap
     anchor: TensorMap
     offsets: Mapping[str, float]
-    tasks: list[dict[str, Any]]
+    tasks: tuple[TaskRecord, ...]
     metadata: Mapping[str, Any]
+
+    def packed(self) -> Iterator[tuple[str, PackedTensor]]:
+        """Every tensor by a name that tells what it is."""
+        for name in self.importance:
+            yield f"importance/{name}", self.importance.packed(name)
+            yield f"anchor/{name}", self.anchor.packed(name)
+
+
+Members = dict[str, tuple["weakref.ref[PackedTensor]", int]]
 
 
 @dataclass(frozen=True)
 class Written:
-    """The tensor file that was written for a state: its SHA-256, and what tells if it changed."""
+    """A tensor file as it was written, and the tensors that it was written from.
+
+    Saving the same tensors again to the same folder, as at each checkpoint of a run, only has to
+    look whether the file is there still.
+    """
 
     digest: str
     size: int
     changed: int
+    members: Members
 
     @classmethod
-    def of(cls, path: Path) -> Written:
-        return cls(sha256(path), *_size_and_time(path))
+    def of(cls, path: Path, content: Content) -> Written:
+        return cls(sha256(path), *_size_and_time(path), _members(content))
 
     @property
     def name(self) -> str:
         return f"ewc_state-{self.digest[:16]}.safetensors"
 
-    def is_in(self, folder: Path) -> bool:
-        """Whether the file is there as it was written."""
+    def is_in(self, folder: Path, content: Content) -> bool:
+        """Whether the file is there as it was written, and `content` as it was then."""
         path = folder / self.name
-        return path.is_file() and _size_and_time(path) == (self.size, self.changed)
+        return (
+            path.is_file()
+            and _size_and_time(path) == (self.size, self.changed)
+            and self.members == _members(content)
+        )
 
 
-def save(
-    content: Content, folder: Path, write: bool = True, written: Written | None = None
-) -> Written | None:
+_WRITTEN: weakref.WeakKeyDictionary[PackedTensor, Written] = weakref.WeakKeyDictionary()
+"""By the first tensor of a state, as long as that lives."""
+
+
+def _members(content: Content) -> Members:
+    """The tensors by name, and how often each was changed in place."""
+    return {name: (weakref.ref(packed), _changes(packed)) for name, packed in content.packed()}
+
+
+def _changes(packed: PackedTensor) -> int:
+    return sum(tensor._version for tensor in packed.tensors.values())
+
+
+def save(content: Content, folder: Path, write: bool = True) -> None:
     """Write `content` to `folder`, in place of the state that is there.
 
     Args:
         content: tensors on any device; for DTensors every process has to call this.
         folder: made if it is not there.
         write: False for the processes that only take part in gathering.
-        written: what an earlier call returned for the same content; if that file is in `folder`
-            still, it is not written again.
-
-    Returns:
-        The tensor file, None where it was not for this process to write.
     """
-    if write and written is not None and written.is_in(folder):
-        with alone_in(folder):
-            _conclude(content, folder, written)
-        return written
-    # Reached by all processes or none where there are DTensors: `written` is None for them.
-    tensors = _tensors(content)
+    in_shards = content.importance.is_sharded
     if not write:
-        return None
+        if in_shards:
+            _tensors(content)
+        return
+    first = next((packed for _, packed in content.packed()), None)
+    written = None if in_shards or first is None else _WRITTEN.get(first)
+    if written is not None and written.is_in(folder, content):
+        with alone_in(folder) as alone:
+            _conclude(content, folder, written, alone)
+        return
+    tensors = _tensors(content)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder):
+    with alone_in(folder) as alone:
         with workplace(folder) as place:
             save_file(tensors, place / "tensors", metadata={"format": "pt"})
             # safetensors makes it for the owner alone; here it is for whom the umask says.
             (place / "tensors").chmod(place.stat().st_mode & 0o666)
-            written = Written.of(place / "tensors")
+            written = Written.of(place / "tensors", content)
             move_into_place(place / "tensors", folder / written.name)
-        _conclude(content, folder, written)
-    return None if content.importance.is_sharded else written
+        _conclude(content, folder, written, alone)
+    if first is not None and not in_shards:
+        _WRITTEN[first] = written
 
 
-def _conclude(content: Content, folder: Path, written: Written) -> None:
-    _write_bytes(folder / STATE_FILE, _encoded(_document(content, written)))
+def _conclude(content: Content, folder: Path, written: Written, alone: bool) -> None:
+    replace_content(folder / STATE_FILE, _document(content, written).encoded())
     _remove_stale(folder)
+    if alone:
+        remove_leftovers(folder)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
     return path.stat().st_size, path.stat().st_mtime_ns
-
-
-def has_state(folder: Path | str) -> bool:
-    """Whether `folder` holds a state, whole or damaged."""
-    return (Path(folder) / STATE_FILE).is_file()
 
 
 def save_reference(folder: Path | str, checkpoint: Path | str) -> None:
@@ -130,12 +157,13 @@ def save_reference(folder: Path | str, checkpoint: Path | str) -> None:
     folder, checkpoint = Path(folder), Path(checkpoint)
     if checkpoint.resolve().parent != folder.resolve():
         raise ValueError(f"{checkpoint} is not directly inside {folder}; save the state itself.")
-    content = _read_json(folder)
-    _parsed(content, folder / STATE_FILE)
+    content = read_bytes(folder)
+    parsed(content, folder / STATE_FILE)
     checkpoint.mkdir(exist_ok=True)
-    with alone_in(checkpoint):
-        _write_bytes(checkpoint / STATE_FILE, content)
-        _remove_temporary(checkpoint)
+    with alone_in(checkpoint) as alone:
+        replace_content(checkpoint / STATE_FILE, content)
+        if alone:
+            remove_leftovers(checkpoint)
 
 
 def load(folder: Path | str) -> Content:
@@ -148,14 +176,14 @@ def load(folder: Path | str) -> Content:
             newer than this version knows.
     """
     folder = Path(folder)
-    content = _read_json(folder)
+    content = read_bytes(folder)
     while True:
-        document = _parsed(content, folder / STATE_FILE)
+        document = parsed(content, folder / STATE_FILE)
         try:
             return _content(document, folder)
         except FileNotFoundError as error:
             # Another process may have put a new state in place since; then that one is read.
-            content, former = _read_json(folder), content
+            content, former = read_bytes(folder), content
             if content == former:
                 raise ValueError(
                     f"{folder / STATE_FILE} refers to {error.filename}, which is neither in "
@@ -169,18 +197,18 @@ def tensor_file(folder: Path | str) -> str:
     Raises:
         ValueError: as `load`.
     """
-    path = Path(folder) / STATE_FILE
-    return _file_name(_parsed(_read_json(Path(folder)), path), path)
+    return parsed(read_bytes(Path(folder)), Path(folder) / STATE_FILE).file
 
 
 def _tensors(content: Content) -> dict[str, Tensor]:
     tensors = {}
-    for name in content.importance:
-        importance, anchor = content.importance.packed(name), content.anchor.packed(name)
-        tensors[f"importance/{name}"] = _portable(importance.values)
-        tensors[f"anchor/{name}"] = _portable(anchor.values)
-        if importance.indices is not None:
-            tensors[f"indices/{name}"] = _portable(importance.indices)
+    for key, packed in content.packed():
+        kind, name = key.split("/", 1)
+        for part, tensor in packed.tensors.items():
+            if part == "values":
+                tensors[key] = _portable(tensor)
+            elif kind == "importance":  # an anchor is at the positions of its importance
+                tensors[f"{part}/{name}"] = _portable(tensor)
     return tensors
 
 
@@ -188,85 +216,44 @@ def _portable(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).cpu().contiguous()
 
 
-def _document(content: Content, written: Written) -> dict[str, Any]:
-    parameters = {}
-    for key in content.importance:
-        packed = content.importance.packed(key)
-        parameters[key] = {
-            "shape": list(packed.shape),
-            "scale": packed.scale,
-            "offset": content.offsets[key],
-        }
-    return {
-        "format_version": FORMAT_VERSION,
-        "tensors": {"file": written.name, "sha256": written.digest},
-        "parameters": parameters,
-        "tasks": content.tasks,
-        "metadata": dict(content.metadata),
-    }
+def _document(content: Content, written: Written) -> Document:
+    entries = {}
+    for name in content.importance:
+        packed = content.importance.packed(name)
+        entries[name] = Entry(tuple(packed.shape), packed.scale, content.offsets[name])
+    return Document(
+        written.name, written.digest, written.size, entries, content.tasks, content.metadata
+    )
 
 
-def _encoded(document: Mapping[str, Any]) -> bytes:
-    """`document` with its checksum, as the one sequence of bytes that stands for it."""
-    body = {key: value for key, value in document.items() if key != "checksum"}
-    plain = json.dumps(body, allow_nan=False).encode()
-    body["checksum"] = hashlib.sha256(plain).hexdigest()
-    return json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"
-
-
-def _parsed(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: no JSON ({error}).") from None
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+def _content(document: Document, folder: Path) -> Content:
+    path = _tensor_path(folder, document.file)
+    if path.stat().st_size != document.nbytes or sha256(path) != document.sha256:
         raise ValueError(
-            f"{path} has format {version}; this version of hf-ewc reads up to {FORMAT_VERSION}. "
-            "Install a newer one: pip install -U hf-ewc."
-        )
-    if version != FORMAT_VERSION or not _is_as_written(document, content):
-        raise ValueError(f"{path} is damaged: it is not as it was written. Use another copy.")
-    parsed: dict[str, Any] = document
-    return parsed
-
-
-def _is_as_written(document: dict[str, Any], content: bytes) -> bool:
-    try:
-        return _encoded(document) == content
-    except ValueError:
-        return False
-
-
-def _file_name(document: Mapping[str, Any], path: Path) -> str:
-    tensors = document.get("tensors")
-    name = tensors.get("file") if isinstance(tensors, dict) else None
-    if not isinstance(name, str) or not _TENSOR_FILE.fullmatch(name):
-        raise ValueError(f"{path} is damaged: it names the tensor file {name!r}.")
-    return name
-
-
-def _content(document: Mapping[str, Any], folder: Path) -> Content:
-    path = _tensor_path(folder, _file_name(document, folder / STATE_FILE))
-    digest = sha256(path)
-    if digest != document["tensors"].get("sha256"):
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 is {digest[:16]}…, not that in {STATE_FILE}. "
+            f"{path} is damaged: its size or its SHA-256 is not that in {STATE_FILE}. "
             "It was truncated or altered; use another copy."
         )
     try:
         tensors = _mapped(path)
-        importance, anchor, offsets = {}, {}, {}
-        for name, entry in document["parameters"].items():
-            shape, indices = torch.Size(entry["shape"]), tensors.get(f"indices/{name}")
-            values = tensors[f"importance/{name}"]
-            importance[name] = PackedTensor(values, shape, float(entry["scale"]), indices)
-            anchor[name] = PackedTensor(tensors[f"anchor/{name}"], shape, 1.0, indices)
-            offsets[name] = float(entry["offset"])
-        tasks, metadata = list(document["tasks"]), dict(document["metadata"])
-    except (SafetensorError, AttributeError, KeyError, TypeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"The state in {folder} is damaged: {error!r}.") from None
-    return Content(TensorMap(importance), TensorMap(anchor), offsets, tasks, metadata)
+    importance, anchor = {}, {}
+    try:
+        for name, entry in document.parameters.items():
+            shape, indices = torch.Size(entry.shape), tensors.pop(f"indices/{name}", None)
+            values, exponents = tensors.pop(f"importance/{name}"), f"exponents/{name}"
+            importance[name] = PackedTensor(
+                values, shape, entry.scale, indices, tensors.pop(exponents, None)
+            )
+            anchor[name] = PackedTensor(tensors.pop(f"anchor/{name}"), shape, 1.0, indices)
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it has no {error.args[0]!r:.120}.") from None
+    if tensors:
+        raise ValueError(f"{path} is damaged: {next(iter(tensors))!r:.120} is no part of a state.")
+    offsets = {name: entry.offset for name, entry in document.parameters.items()}
+    return Content(
+        TensorMap(importance), TensorMap(anchor), offsets, document.tasks, document.metadata
+    )
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
@@ -285,36 +272,16 @@ def _tensor_path(folder: Path, name: str) -> Path:
     raise FileNotFoundError(2, "No such file", name)
 
 
-def _read_json(folder: Path) -> bytes:
-    try:
-        return (folder / STATE_FILE).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{folder} holds no EWC state: there is no {STATE_FILE}. Give a folder that "
-            "save_pretrained wrote, or a checkpoint of an EWCTrainer."
-        ) from None
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with workplace(path.parent) as place:
-        (place / "content").write_bytes(content)
-        move_into_place(place / "content", path)
-
-
 def _remove_stale(folder: Path) -> None:
-    """Remove tensor files that no state here refers to, and temporary folders."""
+    """Remove tensor files that no state here refers to."""
     needed: set[str] = set()
-    for path in (folder / STATE_FILE, *folder.glob(f"*/{STATE_FILE}")):
+    for inside in (folder, *(path.parent for path in folder.glob(f"*/{STATE_FILE}"))):
+        try:
+            content = read_bytes(inside)
+        except ValueError:  # too large for a state, or no file
+            continue
         # By text, not by structure: a reference in a file of a newer format counts as well.
-        needed.update(_TENSOR_FILE.findall(path.read_text(encoding="utf-8", errors="replace")))
+        needed.update(TENSOR_FILE.findall(content.decode(errors="replace")))
     for path in folder.glob("ewc_state-*"):
-        if _TENSOR_FILE.fullmatch(path.name) and path.name not in needed:
+        if TENSOR_FILE.fullmatch(path.name) and path.name not in needed:
             path.unlink(missing_ok=True)
-    _remove_temporary(folder)
-
-
-def _remove_temporary(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left behind."""
-    for path in folder.glob(".ewc_state-*"):
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)

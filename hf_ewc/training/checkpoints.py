@@ -10,8 +10,9 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_ewc.state.document import STATE_FILE
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.state.storage import STATE_FILE, save_reference
+from hf_ewc.state.storage import save_reference
 
 logger = logging.getLogger("hf_ewc")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -13,7 +13,7 @@ from hf_ewc.parameters import sharding
 from hf_ewc.parameters.adapters import AdaptedWeight, weights_named
 from hf_ewc.parameters.sharding import whole
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.state.packing import PackedTensor
+from hf_ewc.state.packed import PackedTensor
 from hf_ewc.training import adapted_term
 from hf_ewc.training.adapted_term import AdaptedTerm
 from hf_ewc.training.fused import Piece, value_and_gradient

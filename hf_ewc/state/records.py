@@ -1,0 +1,86 @@
+"""What a state says in words and figures: the records of its tasks, and further facts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What is known of one consolidated task.
+
+    Args:
+        name: the task's name.
+        num_examples: examples that its Fisher was estimated on.
+        fisher_type: "exact", "sampled", "empirical" or "batched".
+        weight: w, by which its Fisher was multiplied.
+        date: when it was consolidated, ISO 8601 in UTC.
+
+    Raises:
+        ValueError: a value is of another type or out of its range.
+    """
+
+    name: str
+    num_examples: int
+    fisher_type: str
+    weight: float
+    date: str
+
+    def __post_init__(self) -> None:
+        for field in ("name", "fisher_type", "date"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise ValueError(f"{field} of a task is {value!r:.80}; it is a string.")
+        if type(self.num_examples) is not int or self.num_examples < 1:
+            raise ValueError(f"num_examples of a task is {self.num_examples!r:.80}; at least 1.")
+        if not is_number(self.weight):
+            raise ValueError(f"weight of a task is {self.weight!r:.80}; finite and at least 0.")
+
+
+class ReadOnly(Mapping[str, Value]):
+    """A mapping that cannot be changed; the values that it hands out are copies."""
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._values = copy.deepcopy(dict(values))
+
+    def __getitem__(self, key: str) -> Value:
+        return copy.deepcopy(self._values[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+def is_number(value: object, above: float = -1.0) -> bool:
+    """Whether `value` is an int or a float, finite, at least 0 and above `above`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return 0.0 <= float(value) < math.inf and value > above
+    except OverflowError:  # an int of 400 digits
+        return False
+
+
+def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """`metadata` as they would come back from a JSON file.
+
+    Raises:
+        ValueError: JSON cannot hold them.
+    """
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata must be what JSON can hold: {error}.") from error
+    return found
