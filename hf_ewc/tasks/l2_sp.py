@@ -58,9 +58,10 @@ def _with_lambdas(state: EWCState, config: EWCConfig, model: nn.Module) -> EWCSt
     if any(patterns):
         chosen = set(select_parameters(model, *patterns, trainable_only=False))
         lambdas = {name: strength if name in chosen else 0.0 for name, strength in lambdas.items()}
-    return replace(
-        state,
-        importance={name: lambdas[name] * value for name, value in state.importance.items()},
-        anchor=dict(state.anchor.items()),
-        offsets={name: lambdas[name] * value for name, value in state.offsets.items()},
+    return EWCState(
+        {name: lambdas[name] * value for name, value in state.importance.items()},
+        dict(state.anchor.items()),
+        {name: lambdas[name] * value for name, value in state.offsets.items()},
+        state.tasks,
+        state.metadata,
     )
