@@ -34,7 +34,7 @@ def described(state: Any) -> dict[str, Any]:
 
     from hf_ewc.state.by_layer import importance_by_layer
 
-    layers = importance_by_layer(state)
+    layers = importance_by_layer(state) or {}
     total = sum(layer.total for layer in layers.values())
     return {
         "tasks": [asdict(task) for task in state.tasks],

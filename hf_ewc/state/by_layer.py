@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from hf_ewc.state.ewc_state import EWCState
 
 
-def importance_by_layer(state: EWCState) -> dict[str, LayerImportance]:
-    """Σ A over the parameters of each layer, summed in fp64, and their number."""
+def importance_by_layer(state: EWCState) -> dict[str, LayerImportance] | None:
+    """Σ A over the parameters of each layer, summed in fp64, and their number.
+
+    None where a process holds only its shards of the importances.
+    """
+    if state.importance.is_sharded:
+        return None
     sums = {
         name: LayerImportance(float(values.double().sum()), values.numel())
         for name, values in state.importance.items()

@@ -60,6 +60,10 @@ def own_arguments(task: Task, args: TrainingArguments) -> dict[str, Any]:
 
 
 def arguments_of(task: Task, args: TrainingArguments, index: int, folder: str) -> TrainingArguments:
-    """The run's arguments with the task's own settings, folder and seed."""
+    """The run's arguments with the task's own settings, folder and seed.
+
+    They report to nothing: trackers see one run for all tasks, by the `SequenceTracker`.
+    """
     own = own_arguments(task, args)
-    return with_settings(args, {**own, "output_dir": folder, "seed": args.seed + index})
+    run = {"output_dir": folder, "seed": args.seed + index, "report_to": []}
+    return with_settings(args, {**own, **run})

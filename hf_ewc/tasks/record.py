@@ -13,7 +13,14 @@ from torch import nn
 from hf_ewc.files import write_atomically
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.parameters.names import class_name
-from hf_ewc.report import Cost, Outcome, read_results, write_report, write_results
+from hf_ewc.report import (
+    Cost,
+    LayerImportance,
+    Outcome,
+    read_results,
+    write_report,
+    write_results,
+)
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import RunFolder
@@ -38,6 +45,8 @@ class Record:
         history: what was logged while training task i, `history[i]`.
         costs: of each task; kept in a file of their own, since a run that goes on after a kill has
             the same results, not the same seconds.
+        steps: the optimizer steps of each task.
+        importance: Σ F by layer in the state after the last task, where a process holds it whole.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder, matrix: AccuracyMatrix) -> None:
@@ -45,6 +54,8 @@ class Record:
         self.metrics: Scores = []
         self.history: list[list[Entry]] = []
         self.costs: list[Cost] = []
+        self.steps: list[int] = []
+        self.importance: dict[str, LayerImportance] | None = None
 
     @property
     def done(self) -> int:
@@ -65,6 +76,7 @@ class Record:
         self.metrics = content["metrics"]
         self.history = content.get("history", [])
         self.costs = self._read_costs()[: self.done]
+        self.steps = content.get("steps", [])
 
     def begin(self, model: nn.Module) -> None:
         """Write that nothing is learnt yet."""
@@ -89,7 +101,8 @@ class Record:
         )
 
     def _runs(self) -> dict[str, dict[int, Outcome]]:
-        return {self.plan.method: {self.plan.args.seed: Outcome(self.matrix)}}
+        outcome = Outcome(self.matrix, importance=self.importance)
+        return {self.plan.method: {self.plan.args.seed: outcome}}
 
     @property
     def _costs_file(self) -> Path:
@@ -122,4 +135,5 @@ class Record:
             "settings": settings_of(self.plan, model),
             "metrics": self.metrics,
             "history": self.history,
+            "steps": self.steps,
         }

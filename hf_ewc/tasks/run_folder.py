@@ -18,7 +18,7 @@ logger = logging.getLogger("hf_ewc")
 # Written by the run itself, beside the folders of its tasks.
 OWN_FILES = (
     *("results.json", "report.md", "costs.json", "replay.json", "accuracy_matrix.png"),
-    *("curves.png", "stability_plasticity.png", "importance.png"),
+    *("curves.png", "stability_plasticity.png", "importance.png", "tracking.json"),
 )
 # What trainers, models, states and tokenizers write. Anything else is somebody's, and stays.
 _WRITTEN = (

@@ -19,6 +19,7 @@ from hf_ewc.parameters.names import parameters_by_name, unwrap
 from hf_ewc.parameters.sharding import is_dtensor, is_sharded
 from hf_ewc.processes import check_launch
 from hf_ewc.report import measured
+from hf_ewc.state.by_layer import importance_by_layer
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.arguments import arguments_of
 from hf_ewc.tasks.blueprint import Blueprint
@@ -36,6 +37,7 @@ from hf_ewc.tasks.record import Record
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
 from hf_ewc.tasks.task import score_of
+from hf_ewc.tasks.tracking import SequenceTracker
 from hf_ewc.tasks.training_data import TrainingData, training_data
 from hf_ewc.tasks.warm_up import HeadWarmUp
 from hf_ewc.training.checkpoints import newest_whole_checkpoint
@@ -66,6 +68,8 @@ class TaskRun:
         self._collator: Any = None
         self._blueprint: Blueprint | None = None
         self._beginning = _copied(model) if plan.sequence.joint_training else {}
+        self._is_resumed = False
+        self._tracker = SequenceTracker(plan.args, integrations=())
 
     @contextmanager
     def started(self, resume: bool) -> Iterator[None]:
@@ -80,7 +84,7 @@ class TaskRun:
             by_main_process(self.folder.remove_temporary)
             if resume:
                 self.folder.check()
-            found = resume and self.folder.results.exists()
+            found = self._is_resumed = resume and self.folder.results.exists()
             if found:
                 self._restore()
             # Everyone has looked before anyone writes.
@@ -95,7 +99,7 @@ class TaskRun:
 
     def learn_all(self) -> None:
         """Learn the tasks that are not learnt yet."""
-        with self.space, self._progress() as progress:
+        with self.space, self._progress() as progress, self._tracked():
             for index in range(self.record.done, len(self.plan.tasks)):
                 self._learn(index, progress)
 
@@ -107,6 +111,8 @@ class TaskRun:
             trainer = self._learnt(index, progress)
         self.record.costs.append(cost)
         self.record.history.append(history_of(trainer.state.log_history))
+        self.record.steps.append(trainer.state.global_step)
+        self.record.importance = None if self.state is None else importance_by_layer(self.state)
         by_main_process(lambda: self._keep(index))
         if index + 1 < len(self.plan.tasks):
             self._make_whole()
@@ -124,6 +130,8 @@ class TaskRun:
         if progress is not None:
             progress.begin(index)
             trainer.add_callback(progress)
+        self._tracker.begin(index, sum(self.record.steps))
+        trainer.add_callback(self._tracker)
         if index == 0 and self.plan.evaluate_unseen:
             self._score_untrained(trainer)
         self._train(trainer, index, data)
@@ -213,6 +221,7 @@ class TaskRun:
             if score is not None:
                 self.record.matrix[index, other.name] = score
         self.record.metrics.append(scores)
+        self._tracker.after_task(scores, self.record.matrix)
 
     def _score_untrained(self, trainer: Any) -> None:
         scores = evaluate(trainer, self.plan.tasks, self.plan, self.space, self._collator)
@@ -280,6 +289,14 @@ class TaskRun:
         if self.plan.args.disable_tqdm or not is_main() or done == len(tasks):
             return nullcontext()
         return closing(TaskProgress([task.name for task in tasks], done, self.plan.method))
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """One run in the trackers of `report_to`, from the first task at work to the last."""
+        if self.record.done < len(self.plan.tasks):
+            self._tracker = SequenceTracker(self.plan.args, self._is_resumed)
+        with closing(self._tracker):
+            yield
 
     def _draw_blueprint(self) -> None:
         if self._blueprint is None:
