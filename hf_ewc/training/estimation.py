@@ -24,27 +24,47 @@ from hf_ewc.parameters.adapters import (
 )
 from hf_ewc.parameters.names import parameters_by_name
 from hf_ewc.parameters.selection import select_parameters
+from hf_ewc.training.data_path import as_handed_over, examples_of
+from hf_ewc.training.preferences import Likelihood, preferences_of
 
 logger = logging.getLogger("hf_ewc")
 
 
-def fisher_of(trainer: Trainer, model: nn.Module, dataset: Any, config: EWCConfig) -> Fisher:
+def fisher_of(
+    trainer: Trainer,
+    model: nn.Module,
+    dataset: Any,
+    config: EWCConfig,
+    log_likelihood: Likelihood | None = None,
+    own_loss: bool = False,
+) -> Fisher:
     """The Fisher of `model`, with the trainer's collator and accelerator.
 
     Args:
         dataset: examples as for training; an iterable data set is read in order.
+        log_likelihood: of (model, batch), log p(y|x) of each example; None: the model's own, or
+            that of preferences where the trainer learns these.
+        own_loss: whether the trainer computes its loss in a way of its own.
 
     Raises:
         ValueError: there is no data, or none with labels, or a pattern selects nothing.
     """
-    data, collator = _examples(trainer, dataset, config.fisher_batch_size)
+    data, collator = examples_of(trainer, dataset)
+    preferences = preferences_of(trainer) if log_likelihood is None else None
+    if preferences is not None:
+        log_likelihood, in_pairs = preferences
+        collator = in_pairs(collator)
+    elif log_likelihood is None:
+        collator = as_handed_over(trainer, model, data, collator, own_loss)
+    if isinstance(data, (IterableDataset, datasets.IterableDataset)):
+        data = DataLoader(data, batch_size=config.fisher_batch_size, collate_fn=collator)
     patterns = config.ewc_target_modules, config.ewc_exclude_modules
     names = select_parameters(model, *patterns, space=config.ewc_space)
     estimate = partial(
         estimate_fisher,
         model,
         data,
-        data_collator=collator,
+        data_collator=None if isinstance(data, DataLoader) else collator,
         fisher_type=config.fisher_type,
         num_samples=_at_most(config.fisher_samples, data),
         num_draws=config.fisher_draws,
@@ -52,6 +72,7 @@ def fisher_of(trainer: Trainer, model: nn.Module, dataset: Any, config: EWCConfi
         stratified=config.fisher_stratified,
         seed=config.fisher_seed,
         accelerator=trainer.accelerator,
+        log_likelihood=log_likelihood,
     )
     if not has_adapters(model):
         return estimate(parameters=names)
@@ -82,27 +103,6 @@ def _warn_if_fresh(trainer: Trainer, model: nn.Module) -> None:
             len(fresh),
             ", ".join(fresh[:2]) + (", …" if len(fresh) > 2 else ""),
         )
-
-
-def _examples(trainer: Trainer, dataset: Any, batch_size: int) -> tuple[Any, Any]:
-    """`dataset` and the collator for it, without the columns that the model does not take."""
-    if dataset is None:
-        raise ValueError(
-            "consolidate() has no data: the trainer has no train_dataset. Pass a data set."
-        )
-    if isinstance(dataset, str) or not (
-        hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
-    ):
-        raise TypeError(
-            f"consolidate() got {dataset!r:.60} as data; needed is a data set of examples. The "
-            "task's name goes by keyword: consolidate(name=...)."
-        )
-    if isinstance(dataset, datasets.Dataset):
-        return trainer._remove_unused_columns(dataset, "Fisher"), trainer.data_collator
-    collator = trainer._get_collator_with_removed_columns(trainer.data_collator, "Fisher")
-    if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
-        return DataLoader(dataset, batch_size=batch_size, collate_fn=collator), None
-    return dataset, collator
 
 
 def _at_most(num_samples: int | None, data: Any) -> int | None:

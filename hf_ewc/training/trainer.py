@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.importance import Fisher
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.processes import check_launch
 from hf_ewc.state.ewc_state import EWCState
@@ -20,8 +21,10 @@ from hf_ewc.training import checkpoints, deepspeed, model_card
 from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.converted_weights import load_converted
 from hf_ewc.training.estimation import fisher_of
+from hf_ewc.training.final_weights import WeightsInUse, use_final_weights
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
 from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
+from hf_ewc.training.preferences import Likelihood
 from hf_ewc.training.refusals import check_space, check_supported
 
 logger = logging.getLogger("hf_ewc")
@@ -73,6 +76,7 @@ class EWCMixin(_Base):
         self._ewc_has_begun = False  # whether this train() has taken its first step
         self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
+        self._ewc_weights_in_use = WeightsInUse()
         super().__init__(*args, **kwargs)
         self.add_callback(_RunBegins(self._ewc_expect_run))
         if self._ewc_requested or ewc_state is not None:
@@ -130,7 +134,13 @@ class EWCMixin(_Base):
         return self._ewc_bound().penalty.value() if self._ewc_state else 0.0
 
     def consolidate(
-        self, dataset: Any = None, *, name: str | None = None, weight: float = 1.0
+        self,
+        dataset: Any = None,
+        *,
+        name: str | None = None,
+        weight: float = 1.0,
+        log_likelihood: Likelihood | None = None,
+        fisher: Fisher | None = None,
     ) -> EWCState:
         """Fold the Fisher of the model on `dataset` into the state, and protect it from now on.
 
@@ -142,19 +152,38 @@ class EWCMixin(_Base):
                 tokenize theirs at construction); that if None. An iterable is read in order.
             name: of the task, for the records.
             weight: the task's weight in the sum of penalties.
+            log_likelihood: a function of (model, batch) that returns log p(y|x) of each example,
+                shape (batch,), for heads whose likelihood is not known; `batch` is what the
+                trainer's collator makes. DPO's and reward trainers' pairs are known: one example is
+                one pair, log p = log σ of the margin between its rewards.
+            fisher: a Fisher that is there already, taken as it is, in place of an estimate.
 
         Returns:
-            The new state, also `self.ewc_state`.
+            The new state, also `self.ewc_state`. An optimizer with final weights apart from those
+            that it trains (schedule-free) has put them into the model: they are the anchor.
 
         Raises:
-            ValueError: there is no data, or none with labels.
-            TypeError: `dataset` is no data set.
+            ValueError: there is no data, or none with labels; or both a Fisher and what to estimate
+                it from.
+            TypeError: `dataset` is no data set, `fisher` no Fisher.
         """
         config = self.ewc_config
         check_space(self._ewc_state, self._ewc_model, config.ewc_space)
-        fisher = fisher_of(
-            self, self._ewc_model, self.train_dataset if dataset is None else dataset, config
-        )
+        use_final_weights(self.optimizer)
+        if fisher is None:
+            data = self.train_dataset if dataset is None else dataset
+            own = has_own_loss(type(self), EWCMixin) and not answers_for_itself(type(self))
+            fisher = fisher_of(self, self._ewc_model, data, config, log_likelihood, own)
+        elif not isinstance(fisher, Fisher):
+            raise TypeError(
+                f"fisher is a {type(fisher).__name__}; needed is a Fisher, as estimate_fisher "
+                "returns it."
+            )
+        elif dataset is not None or log_likelihood is not None:
+            raise ValueError(
+                "consolidate() got a fisher, which is taken as it is, and with it data or a "
+                "log_likelihood to estimate one from; give one or the other."
+            )
         state = self._ewc_state.consolidate(
             fisher,
             self._ewc_model,
@@ -163,6 +192,7 @@ class EWCMixin(_Base):
             weight=weight,
             name=name,
         )
+        self._ewc_weights_in_use.note("consolidated", self._ewc_model)
         self.ewc_state = state.pack(
             dtype=config.ewc_state_dtype, keep_fraction=config.ewc_keep_fraction
         )
@@ -301,6 +331,7 @@ class EWCMixin(_Base):
         `auto_find_batch_size` may have wrapped the model anew.
         """
         self._ewc_has_begun = True
+        self._ewc_weights_in_use.forget()
         if not self._ewc_state:
             return
         self._ewc_penalty = active = ActivePenalty(self._ewc_state, model, self.ewc_config)
@@ -335,6 +366,18 @@ class EWCMixin(_Base):
             self._ewc_penalty = ActivePenalty(self._ewc_state, self._ewc_model, self.ewc_config)
         self._ewc_penalty.follow(self.ewc_config)
         return self._ewc_penalty
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent; warns where other weights are tested than those that were consolidated."""
+        if self._ewc_active and not self.is_in_train and not self._ewc_in_half:
+            use_final_weights(self.optimizer)
+            self._ewc_weights_in_use.note("tested", self._ewc_model)
+        return super().evaluation_loop(*args, **kwargs)
+
+    @property
+    def _ewc_in_half(self) -> bool:
+        """Whether evaluation casts the model to half precision."""
+        return bool(self.args.fp16_full_eval or self.args.bf16_full_eval)
 
     # ---- Logs ----
 
@@ -385,6 +428,8 @@ class EWCMixin(_Base):
 
     def _load_best_model(self) -> None:
         """As the parent, and right for models that are saved under other names than they have."""
+        if self._ewc_active:
+            use_final_weights(self.optimizer)  # what was saved takes the place of these
         best = self.state.best_model_checkpoint
         if best is None or not load_converted(self._ewc_model, best):
             super()._load_best_model()
@@ -404,6 +449,10 @@ class EWCMixin(_Base):
         As with the parent only the main process writes, and all have to call it where the model is
         in shards.
         """
+        if self._ewc_active:
+            use_final_weights(self.optimizer)
+            if not self.is_in_train:
+                self._ewc_weights_in_use.note("saved", self._ewc_model)
         folder = self._ewc_folder if output_dir is None else Path(output_dir)
         in_checkpoint = _internal_call and output_dir is not None
         checkpoints.store(self._ewc_state, folder, in_checkpoint, self.args.should_save)
