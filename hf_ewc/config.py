@@ -13,7 +13,7 @@ from hf_ewc.parameters.selection import ALL_LINEAR, compiled_regex, is_regex, la
 
 MODES = ("online", "separate")
 SPACES = ("adapter", "weight")
-STATE_DTYPES = ("float32", "bfloat16", "float16")
+STATE_DTYPES = ("float32", "bfloat16", "float16", "float8")
 LARGEST = 3.4e38
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
 
@@ -111,7 +111,7 @@ class EWCConfig:
         default="float32",
         metadata=_help(
             "How the importance is held and saved. In half precision, with one scale a tensor, for "
-            "a state of three quarters the size.",
+            "a state of 0.75 times the size; in float8, with one for 128 values, of 0.63 times.",
             choices=STATE_DTYPES,
         ),
     )

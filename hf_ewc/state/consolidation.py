@@ -125,7 +125,7 @@ class Consolidation:
         if largest is not None:
             importance, anchor = largest.take(total, anchor, dtype)
         importance = cast_to(importance, dtype)
-        if settings.device is not None:
+        if settings.device is not None and not sharding.is_dtensor(total):
             importance, anchor = importance.to(settings.device), anchor.to(settings.device)
         return importance, anchor, offset
 

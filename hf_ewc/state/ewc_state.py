@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.adapters import differentiable, placed_by_name, weights_named
+from hf_ewc.parameters.adapters import AdaptedWeight, differentiable, placed_by_name, weights_named
 from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name
 from hf_ewc.parameters.selection import names_in
 from hf_ewc.processes import is_main_process as is_main
-from hf_ewc.state import card, fingerprint, hub, packing, storage
+from hf_ewc.state import card, fingerprint, hub, merging, packing, storage
 from hf_ewc.state.compatibility import advice, misfits, refuse_misfits, validate
 from hf_ewc.state.consolidation import Consolidation, Parameters, Settings
 from hf_ewc.state.packed import PackedTensor, TensorMap
@@ -202,6 +202,41 @@ class EWCState:
             return torch.zeros((), device=device, requires_grad=True)
         device = terms[0].device
         return torch.stack([term.to(device) for term in terms]).sum() + self.offset
+
+    def merge(self, model: nn.Module) -> nn.Module:
+        """The weights of all tasks in one model: the average that the Fishers weigh.
+
+        θ_i = c_i = Σ_k w_k F_k,i θ*_k,i / Σ_k w_k F_k,i where the sum is above 0, else as it is
+        (Matena & Raffel 2022, arXiv 2111.09832, equation 4: Fisher merging, with λ_k = w_k). It is
+        where the penalty of all tasks is least, and needs no task's weights but this state: tasks
+        consolidated with mode="separate", each from where it was trained, are all in c. With
+        γ below 1 task k counts γ^(K − k) times as much.
+
+        mode="online" keeps no sum: c is the newest task's θ*, and that is what is loaded.
+
+        Args:
+            model: gets the weights, in place, in its own dtype; parameters that the state lacks or
+                that no task needs (A_i = 0) stay.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: the state does not fit the model, is of the weights under its adapters, or
+                the model is in shards of ZeRO-3.
+        """
+        self._check_names(model, values_needed=True)
+        self._check_fingerprint(model)
+        parameters = weights_named(self.importance, model)
+        adapted = [n for n in self.importance if isinstance(parameters[n], AdaptedWeight)]
+        if adapted:
+            raise ValueError(
+                f"merge: {adapted[0]} is made of a base weight and adapters here, which no single "
+                "tensor sets. Merge into the model without adapters (merge_and_unload)."
+            )
+        for name in self.importance:
+            merging.merge_into(cast(nn.Parameter, parameters[name]), *self.packed(name))
+        return model
 
     def check(self, model: nn.Module) -> None:
         """Raise unless this state belongs to `model`; every mismatch is named at once.

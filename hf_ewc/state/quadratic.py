@@ -22,9 +22,11 @@ def grown(
     local = sharding.local_part(theta)
     total = torch.zeros(local.numel(), dtype=torch.float32, device=local.device)
     if old is not None:
-        total.add_(_flat(old.dense(), theta)).mul_(gamma)
+        total.add_(flat_part(old.dense(), theta)).mul_(gamma)
     if fisher is not None:
-        for sums, values in zip(total.split(BLOCK), _flat(fisher, theta).split(BLOCK), strict=True):
+        for sums, values in zip(
+            total.split(BLOCK), flat_part(fisher, theta).split(BLOCK), strict=True
+        ):
             sums.add_(weight * values.float())
     return sharding.with_local(total, theta)
 
@@ -48,10 +50,10 @@ def combined(
     wide = torch.promote_types(theta.dtype, torch.float32)
     moved = torch.empty(sharding.local_part(theta).numel(), dtype=wide, device=total.device)
     added = torch.zeros((), dtype=torch.float64, device=total.device)
-    importance, anchor = (_flat(packed.dense(), theta) for packed in old[:2])
+    importance, anchor = (flat_part(packed.dense(), theta) for packed in old[:2])
     nothing = torch.zeros(1, device=total.device).expand(len(moved))
-    new = nothing if fisher is None else _flat(fisher, theta)
-    operands = importance, anchor, new, _flat(total, theta), _flat(theta, theta)
+    new = nothing if fisher is None else flat_part(fisher, theta)
+    operands = importance, anchor, new, flat_part(total, theta), flat_part(theta, theta)
     for center, a, c, f, sums, t in _blocks(moved, *operands):
         step, protected = t.to(wide) - c.to(wide), sums > 0
         share = torch.where(protected, weight * f.float() / sums, 1.0)
@@ -63,7 +65,7 @@ def combined(
     return total, sharding.with_local(moved, theta), offset
 
 
-def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+def flat_part(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of `tensor`, of which it has what it has of `like`, as a vector."""
     return sharding.local_part(sharding.place_like(tensor.detach(), like)).reshape(-1)
 

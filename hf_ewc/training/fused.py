@@ -24,12 +24,13 @@ class Piece:
 
     Args:
         theta: current values; with `index` the whole tensor, of which n entries count.
-        importance: F / scale, [n], any floating dtype.
+        importance: F / scale, [n], any floating dtype; in 8 bits with `exponents`.
         anchor: c, [n].
         gradient: where the gradient is added (as long as `theta`), or None for the value alone.
         strength: λ, times the value.
         scale: what one unit of `importance` is worth: F is `importance * scale`.
         index: positions of the n entries in `theta`, or None when they are all of it.
+        exponents: powers of two that equal blocks of `importance` are multiplied by, or None.
     """
 
     theta: Tensor
@@ -39,6 +40,19 @@ class Piece:
     strength: float = 1.0
     scale: float = 1.0
     index: Tensor | None = None
+    exponents: Tensor | None = None
+
+    @property
+    def wide_importance(self) -> Tensor:
+        """The importance as it is multiplied: itself, or from 8 bits in fp32, a copy."""
+        if self.exponents is None:
+            return self.importance
+        return (
+            self.importance.float()
+            .view(self.exponents.numel(), -1)
+            .mul_(torch.exp2(self.exponents.float()).unsqueeze(1))
+            .view(-1)
+        )
 
 
 def value_and_gradient(pieces: Sequence[Piece], loss_scale: float = 1.0) -> Tensor:
@@ -83,7 +97,7 @@ def _in_cache(piece: Piece, loss_scale: float) -> float:
         if theta.dtype != dtype:  # two half-precision operands would be subtracted in theirs
             theta = scratch[0, :size].copy_(theta)
         delta = torch.sub(theta, block.anchor, out=scratch[0, :size])
-        pull = torch.mul(delta, block.importance, out=scratch[1, :size])
+        pull = torch.mul(delta, block.wide_importance, out=scratch[1, :size])
         total += torch.dot(delta, pull).item()
         _add(block, pull, factor)
     return 0.5 * piece.strength * piece.scale * total
@@ -94,7 +108,7 @@ def _foreach(blocks: Sequence[Piece], loss_scale: float) -> tuple[Tensor, ...]:
     device = blocks[0].theta.device
     theta = [b.theta if b.index is None else b.theta[b.index] for b in blocks]
     delta = torch._foreach_sub(_wide(theta, device), _wide([b.anchor for b in blocks], device))
-    pull = torch._foreach_mul(delta, _wide([b.importance for b in blocks], device))
+    pull = torch._foreach_mul(delta, _wide([b.wide_importance for b in blocks], device))
     torch._foreach_mul_(delta, pull)
     # F (θ − c)² is nowhere below 0, so its 1-norm is its sum, and that has a foreach kernel.
     values: tuple[Tensor, ...] = tuple(torch._foreach_norm(delta, 1))
@@ -143,8 +157,13 @@ def _blocks(piece: Piece, size: int) -> Iterator[Piece]:
     else:
         thetas = piece.theta.split(size)
         gradients = gradients if piece.gradient is None else piece.gradient.split(size)
-    for t, f, c, g, i in zip(thetas, importances, anchors, gradients, indices, strict=True):
-        yield Piece(t, f, c, g, piece.strength, piece.scale, i)
+    exponents: Sequence[Tensor | None] = [None] * parts
+    if piece.exponents is not None:  # a power of two of values has one, so none is cut
+        shared = piece.importance.numel() // piece.exponents.numel()
+        exponents = piece.exponents.split(size // shared)
+    columns = thetas, importances, anchors, gradients, indices, exponents
+    for t, f, c, g, i, e in zip(*columns, strict=True):
+        yield Piece(t, f, c, g, piece.strength, piece.scale, i, e)
 
 
 def _groups(pieces: Sequence[Piece]) -> Iterator[list[tuple[int, Piece]]]:

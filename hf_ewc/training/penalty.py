@@ -13,7 +13,7 @@ from hf_ewc.parameters import sharding
 from hf_ewc.parameters.adapters import AdaptedWeight, weights_named
 from hf_ewc.parameters.sharding import whole
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.state.packed import PackedTensor
+from hf_ewc.state.packed import PackedTensor, dense
 from hf_ewc.training import adapted_term
 from hf_ewc.training.adapted_term import AdaptedTerm
 from hf_ewc.training.fused import Piece, value_and_gradient
@@ -24,7 +24,7 @@ from hf_ewc.training.gradients import gradient_of
 class Term:
     """One protected parameter with its importance and anchor, flat and where its values are.
 
-    `strength` is this parameter's λ; for `scale` and `index` see `Piece`.
+    `strength` is this parameter's λ; for `scale`, `index` and `exponents` see `Piece`.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Term:
     strength: float
     scale: float = 1.0
     index: Tensor | None = None
+    exponents: Tensor | None = None
 
     @property
     def is_pulled(self) -> bool:
@@ -228,6 +229,8 @@ def _value_and_gradient(terms: Sequence[tuple[AnyTerm, float | None]]) -> Tensor
 
 
 def _protects(importance: PackedTensor) -> bool:
+    if importance.exponents is not None:  # 8 bits know no `any`
+        return bool(whole(importance.kept().any()))
     return bool(whole(importance.values.any()))
 
 
@@ -242,8 +245,11 @@ def _term(
     parameter = weight.base if isinstance(weight, AdaptedWeight) else weight
     if sharding.is_sharded(parameter):
         held = [sharding.part_like(packed.dense(), parameter) for packed in (importance, anchor)]
-        scale, index = 1.0, None
+        scale, index, exponents = 1.0, None, None
     else:
+        if isinstance(weight, AdaptedWeight) and importance.exponents is not None:
+            importance = dense(importance.kept())  # which reads no 8 bits
+        exponents = importance.exponents
         held = [whole(importance.values), whole(_unscaled(anchor))]
         scale, index = importance.scale, importance.indices
         if index is not None and anchor.indices is None:
@@ -252,7 +258,9 @@ def _term(
     own_importance, own_anchor = (_placed(tensor, parameter, offload) for tensor in held)
     if isinstance(weight, AdaptedWeight):
         return AdaptedTerm(name, weight, own_importance, own_anchor, strength, scale, index)
-    return Term(name, weight, own_importance, own_anchor, strength, scale, index)
+    if exponents is not None:
+        exponents = _placed(whole(exponents), parameter, offload)
+    return Term(name, weight, own_importance, own_anchor, strength, scale, index, exponents)
 
 
 def _unscaled(packed: PackedTensor) -> Tensor:
@@ -279,6 +287,7 @@ def piece(term: Term, with_gradient: bool) -> Piece:
         term.strength,
         term.scale,
         term.index,
+        term.exponents,
     )
 
 
@@ -288,7 +297,8 @@ def _differentiable(term: AnyTerm) -> Tensor:
     theta = sharding.local_part(term.parameter).reshape(-1)
     if term.index is not None:
         theta = theta[term.index]
-    anchor, importance = (t.to(theta.device).float() for t in (term.anchor, term.importance))
+    anchor = term.anchor.to(theta.device).float()
+    importance = piece(term, with_gradient=False).wide_importance.to(theta.device).float()
     value = (0.5 * term.strength * term.scale) * (importance * (theta - anchor) ** 2).sum()
     return sharding.summed_over_parts(value, term.parameter)
 

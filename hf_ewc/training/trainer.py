@@ -15,7 +15,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from hf_ewc.config import EWCConfig
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters.selection import select_parameters
-from hf_ewc.processes import check_launch
+from hf_ewc.processes import check_launch, uninterrupted
+from hf_ewc.state.consolidation import Settings
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training import checkpoints, deepspeed, model_card
 from hf_ewc.training.active_penalty import ActivePenalty
@@ -158,6 +159,9 @@ class EWCMixin(_Base):
                 one pair, log p = log σ of the margin between its rewards.
             fisher: a Fisher that is there already, taken as it is, in place of an estimate.
 
+        The new state takes the place of the former one and of the Fisher tensor by tensor: no
+        more than the largest tensor is there twice, unless someone else holds them.
+
         Returns:
             The new state, also `self.ewc_state`. An optimizer with final weights apart from those
             that it trains (schedule-free) has put them into the model: they are the anchor.
@@ -184,18 +188,21 @@ class EWCMixin(_Base):
                 "consolidate() got a fisher, which is taken as it is, and with it data or a "
                 "log_likelihood to estimate one from; give one or the other."
             )
-        state = self._ewc_state.consolidate(
-            fisher,
-            self._ewc_model,
-            mode=config.ewc_mode,
-            gamma=config.ewc_gamma,
-            weight=weight,
-            name=name,
+        settings = Settings(
+            config.ewc_mode,
+            config.ewc_gamma,
+            weight,
+            config.ewc_state_dtype,
+            config.ewc_keep_fraction,
+            "cpu" if config.ewc_offload else None,
         )
+        finish = self._ewc_state.begin_consolidation(fisher, self._ewc_model, settings, name)
         self._ewc_weights_in_use.note("consolidated", self._ewc_model)
-        self.ewc_state = state.pack(
-            dtype=config.ewc_state_dtype, keep_fraction=config.ewc_keep_fraction
-        )
+        del fisher
+        with uninterrupted():  # from here the former state goes, tensor by tensor
+            self._ewc_state = EWCState()
+            self._ewc_drop_penalty()
+            self.ewc_state = finish()
         return self.ewc_state
 
     # ---- Training ----
