@@ -13,11 +13,11 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from hf_ewc import EWCConfig
+from hf_ewc import EWCConfig, SequenceConfig
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- settings: python scripts/settings_table.py --write -->\n", "<!-- /settings -->\n"
-CONFIGURATIONS = [EWCConfig]
+CONFIGURATIONS = [EWCConfig, SequenceConfig]
 
 
 def main() -> None:
