@@ -747,3 +747,34 @@ def test_another_state_is_not_equal():
     assert state != replace(state, tasks=())
     assert state != replace(state, anchor={n: v + 1 for n, v in state.anchor.items()})
     assert state.to("cpu") == state
+
+
+# ---- The unit ----
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_importances_are_per_label(mode):
+    theta = {"w": torch.tensor([1.0, 2.0])}
+    one = Fisher({"w": torch.tensor([6.0, 3.0])}, 5, "sampled", labels_per_example=3.0)
+    two = Fisher({"w": torch.tensor([4.0, 8.0])}, 5, "exact")
+    state = EWCState().consolidate(one, theta, mode=mode)
+    assert state.importance["w"].tolist() == [2.0, 1.0]
+    state = state.consolidate(two, theta, mode=mode, weight=0.5)
+    assert state.importance["w"].tolist() == [4.0, 5.0]
+    assert [task.labels_per_example for task in state.tasks] == [3.0, 1.0]
+    assert state.metadata["unit"] == "label"
+
+
+def test_a_language_model_of_twice_the_length_is_held_as_strongly():
+    """Sequences put together from two of the same have F of twice the size and the same loss."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, requires_grad=True)
+    x = torch.randn(6, 4)
+    scores = [torch.autograd.grad(weight @ row, weight)[0] for row in x]
+    single = sum(score**2 for score in scores) / 6
+    pairs = sum(a**2 + b**2 for a, b in zip(scores[::2], scores[1::2], strict=True)) / 3
+    states = [
+        EWCState().consolidate(Fisher({"w": f}, labels_per_example=t), {"w": weight.detach()})
+        for f, t in ((single, 1.0), (pairs, 2.0))
+    ]
+    torch.testing.assert_close(states[0].importance["w"], states[1].importance["w"])

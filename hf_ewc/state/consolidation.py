@@ -81,6 +81,7 @@ class Consolidation:
         if not fisher.diagonal:
             raise ValueError("The Fisher has no parameters; estimate it for at least one.")
         self._settings = settings
+        self._share = settings.weight / fisher.labels_per_example
         self._fisher = {canonical_name(name): value for name, value in fisher.diagonal.items()}
         self._old = {
             name: (importance.packed(name), anchor.packed(name), offsets[name])
@@ -117,7 +118,7 @@ class Consolidation:
 
     def _next(self, name: str, largest: Largest | None) -> tuple[PackedTensor, PackedTensor, float]:
         settings, dtype = self._settings, state_dtype(self._settings.dtype)
-        how = settings.mode, settings.gamma, settings.weight
+        how = settings.mode, settings.gamma, self._share
         total, center, offset = combined(
             self._old.pop(name, None), self._fisher.pop(name, None), self._value(name), *how
         )
@@ -139,7 +140,7 @@ class Consolidation:
             self._fisher.get(name),
             self._value(name),
             settings.gamma,
-            settings.weight,
+            self._share,
         )
 
     def _importances(self) -> Iterator[Tensor]:
@@ -153,7 +154,7 @@ class Consolidation:
         old, settings = self._old.get(name), self._settings
         bound = 0.0 if old is None else settings.gamma * _largest_of(old[0])
         if name in self._fisher:
-            bound += settings.weight * _largest(sharding.local_part(self._fisher[name]))
+            bound += self._share * _largest(sharding.local_part(self._fisher[name]))
         limit = torch.finfo(torch.float32).max
         if bound > limit and not math.isfinite(
             _largest(sharding.local_part(self._importance(name)))

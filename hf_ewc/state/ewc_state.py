@@ -124,10 +124,14 @@ class EWCState:
         """The state after one more task with Fisher F and parameters θ*.
 
         separate (Kirkpatrick et al. 2017, arXiv 1612.00796; the sum of all tasks' penalties):
-            A' = γA + wF,   c' = c + (wF / A')(θ* − c) where A' > 0, else θ*,
-            offset' = γ offset + ½ Σ γA (wF / A') (θ* − c)²
+            A' = γA + vF,   c' = c + (vF / A')(θ* − c) where A' > 0, else θ*,
+            offset' = γ offset + ½ Σ γA (vF / A') (θ* − c)²
         online (Schwarz et al. 2018, arXiv 1805.06370):
-            A' = γA + wF,   c' = θ*,   offset' = 0
+            A' = γA + vF,   c' = θ*,   offset' = 0
+
+        v = w / T, T the labels of an example (`Fisher.labels_per_example`): log p of an example is
+        a sum over its labels, a loss is a mean over labels, and so is what a state holds. One λ
+        then serves classifiers and language models, and sequences of any length.
 
         A parameter that the state has and the Fisher lacks takes part with F = 0. As c is held in
         fp32 (fp64 for fp64 parameters), A (θ − c) is off by up to 6e-8 |c| / |θ − c| of itself.
@@ -173,10 +177,11 @@ class EWCState:
             name=f"task_{self.num_tasks + 1}" if name is None else name,
             num_examples=fisher.num_examples,
             fisher_type=fisher.fisher_type,
+            labels_per_example=float(fisher.labels_per_example),
             weight=float(settings.weight),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        tasks, metadata = (*self.tasks, record), dict(self.metadata)
+        tasks, metadata = (*self.tasks, record), {**self.metadata, "unit": "label"}
         if isinstance(parameters, nn.Module):
             self._check_fingerprint(parameters)
             metadata["fingerprint"] = fingerprint.of_model(parameters, work.names)

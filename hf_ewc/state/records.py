@@ -22,6 +22,7 @@ class TaskRecord:
         fisher_type: "exact", "sampled", "empirical" or "batched".
         weight: w, by which its Fisher was multiplied.
         date: when it was consolidated, ISO 8601 in UTC.
+        labels_per_example: T, by which its Fisher was divided, so that it is per label.
 
     Raises:
         ValueError: a value is of another type or out of its range.
@@ -32,6 +33,7 @@ class TaskRecord:
     fisher_type: str
     weight: float
     date: str
+    labels_per_example: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("name", "fisher_type", "date"):
@@ -42,6 +44,9 @@ class TaskRecord:
             raise ValueError(f"num_examples of a task is {self.num_examples!r:.80}; at least 1.")
         if not is_number(self.weight):
             raise ValueError(f"weight of a task is {self.weight!r:.80}; finite and at least 0.")
+        labels = self.labels_per_example
+        if not is_number(labels) or labels < 1:
+            raise ValueError(f"labels_per_example of a task is {labels!r:.80}; at least 1.")
 
 
 class ReadOnly(Mapping[str, Value]):
