@@ -335,3 +335,49 @@ def test_in_half_precision_too(dtype):
     with pytest.raises(ValueError, match="not the cross-entropy"):
         estimate_fisher(Own(3, lambda z, y: weighted(z.float(), y)).to(dtype),
                         [{"x": x, "labels": LABELS}])  # fmt: skip
+
+
+COUNTS = torch.tensor([0.0, 1, 2, 3, 1, 0])
+OTHERS = {
+    "poisson": (lambda f, y: F.poisson_nll_loss(f, y), COUNTS),
+    "poisson on yes or no": (lambda f, y: F.poisson_nll_loss(f, y), COUNTS.clamp(max=1)),
+    "absolute": (lambda f, y: F.l1_loss(f, y), 3 * COUNTS - 4),
+    "huber": (lambda f, y: F.smooth_l1_loss(f, y), 3 * COUNTS - 4),
+    "weighted yes": (
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y, pos_weight=torch.tensor(3.0)),
+        COUNTS.clamp(max=1),
+    ),
+    "a sigmoid before": (
+        lambda f, y: F.binary_cross_entropy_with_logits(f.sigmoid(), y), COUNTS.clamp(max=1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_losses_of_one_output_are_refused(name, flat):
+    loss, labels = OTHERS[name]
+    model = Own(
+        1, lambda f, y: loss(f.reshape(y.shape), y), change=lambda f: f.squeeze(-1) if flat else f
+    )
+    with pytest.raises(ValueError, match=r"nor −log p.*log_likelihood"):
+        estimate_fisher(model, [{"x": features(EXAMPLES), "labels": labels}])
+
+
+@pytest.mark.parametrize("loss", [bce, F.mse_loss])
+def test_outputs_without_an_axis_of_their_own(loss):
+    model = Own(1, loss, change=lambda f: f.squeeze(-1))
+    batch = {"x": features(EXAMPLES), "labels": COUNTS.clamp(max=1)}
+    terms = yes_no if loss is bce else normal
+    assert_close(fisher(model, batch, "empirical").diagonal, loop(model, batch, terms))
+
+
+@pytest.mark.parametrize("length", [5, 3])
+def test_classes_on_the_second_axis(length):
+    """As `cross_entropy` has them; also where there are as many positions as classes."""
+    model = Own(3, F.cross_entropy, change=lambda logits: logits.transpose(1, 2))
+    batch = {"x": features(4, length), "labels": torch.arange(4 * length).view(4, -1) // 2 % 3}
+    expected = loop(
+        model, batch, lambda z, y: [(1.0, z.log_softmax(0).gather(0, y[None]).sum())]
+    )  # fmt: skip
+    assert_close(fisher(model, batch, "empirical").diagonal, expected)

@@ -49,7 +49,10 @@ def by_its_loss(
     """
     tolerance = rounding(observed)
     finite = [observation for observation in observed if math.isfinite(observation.loss)]
-    misfits = [(misfit(candidate.read, finite, tolerance), candidate) for candidate in candidates]
+    misfits = [
+        (misfit(c.read, finite, tolerance, further_term=c.problem_type == SOFTMAX), c)
+        for c in candidates
+    ]
     best = min(error for error, _ in misfits)
     if best > tolerance:
         return None

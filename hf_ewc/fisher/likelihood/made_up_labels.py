@@ -101,7 +101,7 @@ def _like_floats(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 def sums_to_one(values: Tensor) -> bool:
     """Whether the last axis holds probabilities."""
-    if values.dim() == 0 or values.shape[-1] < 2 or not values.numel():
+    if values.dim() < 2 or values.shape[-1] < 2 or not values.numel():
         return False
     sums = values.detach().double().sum(-1)
     return bool((values >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

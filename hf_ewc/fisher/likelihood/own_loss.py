@@ -46,21 +46,28 @@ def rounding(observations: Sequence[Observation]) -> float:
 
 
 @torch.no_grad()
-def misfit(read: Read, observations: Sequence[Observation], tolerance: float) -> float:
+def misfit(
+    read: Read, observations: Sequence[Observation], tolerance: float, *, further_term: bool
+) -> float:
     """How far the losses are from a constant times −log p: the largest relative error; ≥ 0.
 
-    The constant may be the number of labels, of examples, or any other. A term that does not depend
-    on the labels, such as a router's auxiliary loss, is no difference either where the rest of the
-    loss is −log p as it stands: it takes three observations to see that.
+    The constant may be the number of labels, of examples, or any other.
+
+    Args:
+        further_term: whether the loss may have a term that does not depend on the labels, such as a
+            router's, beside −log p as it stands. It takes three observations to see that.
     """
     losses = torch.tensor([o.loss for o in observations], dtype=torch.float64)
-    stated = zip(*(_stated(read, o) for o in observations), strict=True)
+    try:
+        stated = [_stated(read, o) for o in observations]
+    except ValueError:  # labels that are none of this likelihood
+        return math.inf
     errors = [math.inf]
-    for row in stated:
+    for row in zip(*stated, strict=True):
         values = torch.tensor(row, dtype=torch.float64)
         if not values.isfinite().all():
             continue
-        errors.append(_misfit(losses, values, tolerance))
+        errors.append(_misfit(losses, values, tolerance, further_term))
     return min(errors)
 
 
@@ -69,7 +76,7 @@ def _stated(read: Read, observed: Observation) -> list[float]:
     return [float(loss) for loss in losses]
 
 
-def _misfit(losses: Tensor, values: Tensor, tolerance: float) -> float:
+def _misfit(losses: Tensor, values: Tensor, tolerance: float, further_term: bool) -> float:
     scale = float(losses.abs().max())
     if scale == 0.0:
         return float(values.abs().max())
@@ -77,7 +84,7 @@ def _misfit(losses: Tensor, values: Tensor, tolerance: float) -> float:
     if float(values.std(correction=0)) > _SPREAD * tolerance * float(values.abs().max()):
         factors.append(float((losses @ values) / (values @ values).clamp_min(1e-300)))
     errors = [float((losses - factor * values).abs().max()) / scale for factor in factors]
-    if min(errors) > tolerance and len(losses) > 2:
+    if further_term and min(errors) > tolerance and len(losses) > 2:
         errors += _without_constant(losses, values, tolerance)
     return min(errors)
 

@@ -62,9 +62,11 @@ ANSWER = Reading(
 
 
 def _of_positions(logits: Tensor, labels: Tensor, batch: Batch) -> Iterator[Reading]:
-    if labels.is_floating_point() or logits.shape[-1] < 2:
+    if labels.is_floating_point() or logits.dim() < 2:
         return
-    if labels.numel() != logits[..., 0].numel():
+    if labels.dim() > 1 and logits.shape[1] > 1 and labels.shape == _without_axis(logits, 1):
+        yield Reading("a softmax over the second axis", SOFTMAX, _second_axis, axis=1)
+    if logits.shape[-1] < 2 or labels.numel() != logits[..., 0].numel():
         return
     sequence = labels.dim() > 1 and labels.shape == logits.shape[:-1]
     masks = [False, True] if sequence and _attended(batch, labels) is not None else [False]
@@ -73,6 +75,15 @@ def _of_positions(logits: Tensor, labels: Tensor, batch: Batch) -> Iterator[Read
             words = "a softmax over classes" + (" at each position" if sequence else "")
             words += ", shifted by one" * shifted + ", without padding" * attended
             yield Reading(words, SOFTMAX, _softmax(shifted, attended), shifted, axis=-1)
+
+
+def _without_axis(tensor: Tensor, axis: int) -> tuple[int, ...]:
+    return (*tensor.shape[:axis], *tensor.shape[axis + 1 :])
+
+
+def _second_axis(outputs: Outputs, batch: Batch) -> Distribution:
+    """As `torch.nn.functional.cross_entropy` has the classes."""
+    return _categorical(logits_of(outputs).movedim(1, -1), labels_in(batch).long())
 
 
 def _softmax(shifted: bool, attended: bool) -> Callable[[Outputs, Batch], Distribution]:
@@ -132,7 +143,7 @@ def _pixel_answers(outputs: Outputs, batch: Batch) -> Distribution:
 
 def _of_outputs(logits: Tensor, labels: Tensor, batch: Batch) -> Iterator[Reading]:
     """A label for each output, or a share of each class."""
-    if logits.shape[-1] > 1 and labels.shape == logits.shape:
+    if logits.dim() > 1 and logits.shape[-1] > 1 and labels.shape == logits.shape:
         yield Reading("a softmax over classes with shares as labels", SOFTMAX, _shares, axis=-1)
     sequence = labels.dim() == 2 and _attended(batch, labels) is not None
     for attended in (False, True) if sequence else (False,):
@@ -145,7 +156,14 @@ def _each(kind: type[Independent], attended: bool) -> Callable[[Outputs, Batch],
     def read(outputs: Outputs, batch: Batch) -> Distribution:
         logits, labels = logits_of(outputs), labels_in(batch)
         labels = _without_padding(labels, batch) if attended else labels
-        return kind(logits.flatten(1), labels.reshape(logits.shape).flatten(1))
+        if kind is Bernoulli and not are_shares(labels):
+            raise ValueError(
+                "Labels that say yes or no are 0 and 1, or between; these are "
+                f"{float(labels[are_there(labels)].min())} to "
+                f"{float(labels[are_there(labels)].max())}."
+            )
+        examples = len(logits)
+        return kind(logits.reshape(examples, -1), labels.reshape(examples, -1))
 
     return read
 
@@ -190,6 +208,12 @@ def logits_of(outputs: Outputs) -> Tensor:
     if logits is None:
         raise TypeError("The outputs have no logits.")
     return logits
+
+
+def are_shares(labels: Tensor) -> bool:
+    """Whether all labels that are there lie between 0 and 1."""
+    values = labels[are_there(labels)]
+    return bool(((values >= 0) & (values <= 1)).all())
 
 
 def looks_binary(labels: Tensor) -> bool:
