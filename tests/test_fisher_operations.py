@@ -247,3 +247,158 @@ def test_an_operation_of_ones_own_is_not_taken_for_torchs_by_its_name():
     model.operation = torch.ops.hf_ewc_test.linear
     with pytest.raises(ValueError, match=r"inner.bias \(in linear\)"):
         estimate_fisher(model, [batch], fisher_type="empirical", fallback="error")
+
+
+class TimeFirst(Model):
+    """Transposed to (T, B, D), mapped, and transposed back."""
+
+    def encode(self, ids):
+        hidden = self.embedding(ids.transpose(0, 1))
+        hidden = self.inner(hidden) * self.token + self.inner.bias
+        hidden = nn.functional.layer_norm(hidden, (4,), self.inner.bias)
+        rows = self.inner(hidden.contiguous().view(-1, 4)).view(*hidden.shape)
+        return torch.einsum("tbd,nd->tbn", rows, self.inner.weight).transpose(0, 1)
+
+
+class MultiheadAttention(Model):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def encode(self, ids):
+        hidden = self.embedding(ids).transpose(0, 1)
+        padding = ids == 0
+        return self.attention(hidden, hidden, hidden, key_padding_mask=padding)[0].permute(1, 0, 2)
+
+
+class BatchFirstAttention(MultiheadAttention):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True)
+
+    def encode(self, ids):
+        hidden = self.embedding(ids)
+        return self.attention(hidden, hidden, hidden, need_weights=False)[0]
+
+
+class RelativePositions(Model):
+    """As in XLNet: what is shared takes part with an axis of examples of its own."""
+
+    def encode(self, ids):
+        hidden = self.embedding(ids.t())
+        places = torch.arange(4, dtype=hidden.dtype)[:, None, None] * self.token[0, 0].detach()
+        places = places.expand(-1, ids.shape[0], -1)
+        keys = torch.einsum("ibh,hnd->ibnd", places, self.table.permute(1, 0, 2))
+        queries = torch.einsum("ibh,hnd->ibnd", hidden, self.table.permute(1, 0, 2))
+        scores = torch.einsum("ibnd,jbnd->bnij", queries + self.head.bias, keys)
+        return self.inner(hidden.permute(1, 0, 2)) + scores.softmax(-1).mean(1)
+
+
+class Packed(Model):
+    """All examples in a leading axis of one."""
+
+    def encode(self, ids):
+        hidden = self.inner(self.embedding(ids).reshape(1, -1, 4))
+        hidden = hidden * self.token + self.inner.bias
+        heads = self.inner(hidden).view(1, -1, 2, 2).transpose(1, 2)
+        parts = torch.split(heads, [ids.shape[1]] * ids.shape[0], dim=2)
+        mixed = [nn.functional.scaled_dot_product_attention(x, x, x) for x in parts]
+        joined = torch.cat(mixed, dim=2).transpose(1, 2).reshape(-1, 4)
+        return self.inner(joined).view(*ids.shape, 4)
+
+
+class Counted(Model):
+    """Repeated as often as the example says."""
+
+    def encode(self, ids):
+        counts = (ids > 0).sum(1)
+        examples = torch.arange(ids.shape[0]).repeat_interleave(counts)
+        rows = self.inner(self.embedding(ids[:, 0]).repeat_interleave(counts, dim=0))
+        rows = rows * self.token[0] + self.embedding(ids[:, 1].repeat_interleave(counts))
+        sums = torch.zeros(ids.shape[0], 4, dtype=rows.dtype).index_add(0, examples, rows)
+        return self.inner(sums)[:, None]
+
+
+class EachByItself(Model):
+    """Taken apart, each with a learnt row put in, and stacked again."""
+
+    def encode(self, ids):
+        hidden = self.embedding(ids)
+        rows = []
+        for n in range(ids.shape[0]):
+            own = self.inner(hidden[n])
+            own = torch.cat([own, self.token[0]], dim=0) * self.inner.bias
+            rows.append(torch.cat([own, self.token[0].expand(5, -1)], dim=-1)[:, 1:5])
+        return self.inner(torch.stack(rows, dim=0))
+
+
+class Padded(Model):
+    """Examples of their own lengths, one after another."""
+
+    def encode(self, ids):
+        hidden = self.embedding(ids)
+        lengths = (ids > 0).sum(1).tolist()
+        own = [torch.cat([x[:n], self.token[0]]) for x, n in zip(hidden, lengths, strict=True)]
+        rows = self.inner(torch.cat(own, dim=0))
+        means = [x.mean(0) for x in rows.split([n + 1 for n in lengths])]
+        return self.inner(torch.stack(means))[:, None]
+
+
+class WrittenInto(Model):
+    def encode(self, ids):
+        hidden = self.embedding(ids) * 1
+        hidden[ids == 0] = self.token[0, 0]
+        hidden[:, 1] = self.inner.bias
+        places = torch.zeros(*ids.shape, 4, dtype=hidden.dtype)
+        places[ids > 3] = self.inner.bias
+        return self.inner(hidden) + places
+
+
+class Sampled(Model):
+    """A learnt map, read at places of the examples, in rows of their own and packed."""
+
+    def encode(self, ids):
+        grid = torch.stack([ids, ids.flip(1)], -1).to(self.token.dtype) / 9 - 0.5
+        learnt = self.inner.weight.view(1, 4, 2, 2)
+        own = nn.functional.grid_sample(learnt, grid[:, :, None], align_corners=False)
+        packed = nn.functional.grid_sample(
+            learnt, grid.view(1, -1, 1, 2), mode="bicubic", align_corners=False
+        )
+        packed = packed.squeeze(0).squeeze(-1).permute(1, 0)
+        return own.squeeze(-1).transpose(1, 2) + self.inner(packed).view(*ids.shape, 4)
+
+
+class AddedProduct(Model):
+    def encode(self, ids):
+        hidden = self.embedding(ids)
+        scores = torch.baddbmm(
+            self.inner.weight.expand(ids.shape[0], -1, -1), hidden, hidden.transpose(1, 2), alpha=2
+        )
+        weight = self.inner.weight[None].expand(ids.shape[0], -1, -1)
+        return torch.baddbmm(hidden, scores, weight, beta=0.5)
+
+
+class EvenKernel(Model):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv1d(4, 4, 2, padding="same")
+        self.dilated = nn.Conv2d(1, 1, (4, 2), padding="same", dilation=(1, 3))
+
+    def encode(self, ids):
+        hidden = self.convolution(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
+        return self.dilated(hidden[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        TimeFirst, MultiheadAttention, BatchFirstAttention, RelativePositions, Packed, Counted,
+        EachByItself, Padded, WrittenInto, Sampled, AddedProduct, EvenKernel,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lengths", [(2, 2, 3, 1), (4, 2, 3, 1, 2), (1, 3)])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_examples_on_any_axis(kind, lengths):
+    model, batch = kind(), batch_of(lengths)
+    fisher = estimate_fisher(model, [batch], fisher_type="empirical", fallback="error")
+    oracle.assert_close(fisher.diagonal, loop(model, batch))

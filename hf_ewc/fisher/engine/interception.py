@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_ewc.fisher.engine.composite import is_composite, opened
 from hf_ewc.fisher.operations import find_handler
 from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.graph import leaf_uses, leaves
@@ -82,6 +83,9 @@ class Interception(TorchFunctionMode):
         if handler is not None:
             with contextlib.suppress(Uncovered):
                 return handler(self._tracker, call)
+        elif is_composite(call.func):
+            with self:
+                return opened(call.func)(*call.args, **call.kwargs)
         for tensor in used:
             for leaf in leaves(tensor):
                 self._operations.setdefault(id(leaf), call.name)
@@ -147,12 +151,14 @@ def _shared_result(call: Call) -> Any:
 
 
 def _repeat(tensor: Tensor, *sizes: Any) -> Tensor:
-    """tensor.repeat(sizes), repeating along a leading axis of one without copying."""
+    """tensor.repeat(sizes), repeating along axes of one without copying."""
     counts = list(sizes[0]) if isinstance(sizes[0], (tuple, list)) else list(sizes)
-    if tensor.dim() == len(counts) > 1 and tensor.shape[0] == 1:
-        rest = tensor if all(n == 1 for n in counts[1:]) else tensor.repeat(1, *counts[1:])
-        return rest.expand(counts[0], *rest.shape[1:])
-    return tensor.repeat(*counts)
+    if tensor.dim() != len(counts):
+        return tensor.repeat(*counts)
+    shape = zip(tensor.shape, counts, strict=True)
+    copied = [1 if size == 1 else count for size, count in shape]
+    rest = tensor if all(count == 1 for count in copied) else tensor.repeat(*copied)
+    return rest.expand([n * count for n, count in zip(tensor.shape, counts, strict=True)])
 
 
 def _keep(tensor: Tensor) -> Tensor:

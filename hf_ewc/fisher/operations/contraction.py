@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_ewc.fisher.operations.elementwise import batched
@@ -36,15 +37,32 @@ def _handle_einsum(tracker: Tracker, call: Call) -> Any:
         leading = "ABCDEFGH"[: x.dim() - len(of_x) + 3]
         of_x, result = of_x.replace("...", leading), result.replace("...", leading)
     spelled_out = f"{of_x}{of_weight}{result}"
-    if not tracker.is_used(weight) or "." in spelled_out or result[:1] != of_x[:1]:
+    if not tracker.is_used(weight) or "." in spelled_out:
         raise Uncovered
     if any(len(set(word)) < len(word) for word in (of_x, of_weight, result)):
         raise Uncovered
+    x, axis = tracker.examples_first(x)
+    example = of_x[axis]
+    if example not in result:
+        raise Uncovered
+    of_x = example + of_x.replace(example, "")
+    if result[0] != example:
+        found = _with_weight(
+            tracker, x, of_x, weight, of_weight, example + result.replace(example, "")
+        )
+        return found.movedim(0, result.index(example))
+    return _with_weight(tracker, x, of_x, weight, of_weight, result)
+
+
+def _with_weight(
+    tracker: Tracker, x: Tensor, of_x: str, weight: Tensor, of_weight: str, result: str
+) -> Tensor:
+    """With the letter of the examples first in x and in the result."""
     if of_x[0] in of_weight:  # a row of the parameter for each row of x
-        if of_weight[0] != of_x[0]:
-            raise Uncovered
+        weight = tracker.share(weight.movedim(of_weight.index(of_x[0]), 0))
+        of_weight = of_x[0] + of_weight.replace(of_x[0], "")
         rows = batched(tracker, weight, x, rank=weight.dim())
-        return call.func(f"{of_x},{of_weight}->{result}", x, rows)
+        return torch.einsum(f"{of_x},{of_weight}->{result}", x, rows)
     return _contract(tracker, x, of_x, weight, of_weight, result)
 
 

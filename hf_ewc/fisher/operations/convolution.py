@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ewc.fisher.operations.linear import linear
-from hf_ewc.fisher.operations.registry import covers, detached, open_if_used, unviewed
+from hf_ewc.fisher.operations.registry import (
+    covers,
+    detached,
+    open_if_used,
+    sum_rows_by_example,
+    unviewed,
+)
 from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.gradients import Dense, PerExampleGradient
 from hf_ewc.fisher.uses.square_sum import Use
@@ -35,6 +42,7 @@ class _Convolution(torch.autograd.Function):
         settings: tuple[Any, ...],
     ) -> Tensor:
         ctx.tracker, ctx.uses, ctx.settings = tracker, uses, settings
+        ctx.owners = tracker.gathered_owners(x)
         ctx.save_for_backward(x, weight)
         return unviewed(torch.convolution(x, weight, bias, *settings))
 
@@ -43,18 +51,25 @@ class _Convolution(torch.autograd.Function):
         (gradient,) = outputs
         x, weight = ctx.saved_tensors
         weight_use, bias_use = ctx.uses
-        num_examples = ctx.tracker.num_examples
         if weight_use is not None:
-            examples = zip(gradient.chunk(num_examples), x.chunk(num_examples), strict=True)
-            pairs = [(g, v) for g, v in examples]
+            pairs = _by_example(ctx.owners, ctx.tracker.num_examples, gradient, x)
             weight_use.deliver(Convolution(pairs, weight, ctx.settings))
         if bias_use is not None:
             rows = gradient.flatten(2).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
-            bias_use.deliver(Dense(rows.reshape(num_examples, -1, rows.shape[-1]).sum(1)))
+            bias_use.deliver(Dense(sum_rows_by_example(ctx.tracker, rows, ctx.owners)))
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = _gradients(gradient, x, weight, ctx.settings, of_weight=False)
         return of_input, None, None, None, None, None, None
+
+
+def _by_example(
+    owners: Tensor | None, num_examples: int, gradient: Tensor, x: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """(g, x) of each example."""
+    if owners is None:
+        return list(zip(gradient.chunk(num_examples), x.chunk(num_examples), strict=True))
+    return [(gradient[owners == n], x[owners == n]) for n in range(num_examples)]
 
 
 def _gradients(
@@ -77,7 +92,8 @@ class Convolution(PerExampleGradient):
 
     def add_to(self, gradient: Tensor, example: int) -> None:
         g, x = self.examples[example]
-        gradient.add_(_gradients(g, x, self.weight, self.settings, of_weight=True))
+        if len(x):
+            gradient.add_(_gradients(g, x, self.weight, self.settings, of_weight=True))
 
 
 @covers("conv1d", "conv2d", "conv3d")
@@ -90,6 +106,8 @@ def _handle_convolution(tracker: Tracker, call: Call) -> Any:
     groups = call.argument(6, "groups", 1)
     if isinstance(padding, str):
         padding = _named_padding(padding, weight.shape[2:], dilation)
+        if call.argument(4, "padding") == "same":
+            x = _padded_behind(tracker, x, weight, dilation)
     padding = _per_axis(padding, axes)
     side_by_side = stride == list(weight.shape[2:]) and not any(padding)
     if side_by_side and groups == 1 and all(step == 1 for step in dilation):
@@ -117,9 +135,9 @@ def _operands(tracker: Tracker, call: Call) -> tuple[Tensor, Tensor, Tensor | No
     shared = tracker.is_shared(weight) and (bias is None or tracker.is_shared(bias))
     if not shared or tracker.is_shared(x) or x.dim() != weight.dim():
         raise Uncovered
-    if tracker.gathered_owners(x) is not None or x.dtype != weight.dtype:
+    tracker.owners(x)
+    if x.dtype != weight.dtype:
         raise Uncovered
-    tracker.rows_per_example(x)
     return x, weight, bias
 
 
@@ -158,10 +176,17 @@ def _per_axis(value: Any, axes: int) -> list[int]:
     return values * axes if len(values) == 1 else values
 
 
+def _padded_behind(tracker: Tracker, x: Tensor, weight: Tensor, dilation: list[int]) -> Tensor:
+    """With one place more behind along each axis where "same" pads unevenly."""
+    odd = [d * (k - 1) % 2 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    if not any(odd):
+        return x
+    behind = [place for more in reversed(odd) for place in (0, more)]
+    return tracker.follow(F.pad(x, behind), x)
+
+
 def _named_padding(name: str, kernel: torch.Size, dilation: list[int]) -> list[int]:
     if name == "valid":
         return [0] * len(kernel)
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(total % 2 for total in totals):  # "same" then pads one side more
-        raise Uncovered
     return [total // 2 for total in totals]

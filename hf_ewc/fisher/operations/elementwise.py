@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_ewc.fisher.operations.registry import covers
 from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.gradients import Dense, Lookup, Rows
+from hf_ewc.fisher.uses.owners import constant_along, varying
 from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
@@ -73,11 +74,14 @@ def batched(tracker: Tracker, used: Tensor, reference: Tensor, rank: int | None 
     The result has `rank` axes, by default those of `reference`.
     """
     rank = reference.dim() if rank is None else rank
-    if tracker.gathered_owners(reference) is None:
+    owners = tracker.element_owners(reference)
+    if owners is None:
         tracker.rows_per_example(reference)
+    elif varying(owners) != [0] and rank == reference.dim():
+        return _spread(tracker, used, owners)
     if used.dim() == rank and used.shape[0] == reference.shape[0]:
         if used.stride(0) != 0:
-            return _row_by_row(tracker, used, reference)
+            return _own_rows(tracker, used, tracker.owners(reference))
         used = used.narrow(0, 0, 1)
     if used.dim() == rank:
         if used.shape[0] != 1:
@@ -94,6 +98,30 @@ def batched(tracker: Tracker, used: Tensor, reference: Tensor, rank: int | None 
     return expanded.index_select(0, tracker.owners(reference))
 
 
+def _spread(tracker: Tracker, used: Tensor, owners: Tensor) -> Tensor:
+    """`used` with an example of its own wherever the owners of a tensor of as many axes vary."""
+    used = used.reshape(*[1] * (owners.dim() - used.dim()), *used.shape)
+    axes = varying(owners)
+    if used.dim() != owners.dim():
+        raise Uncovered
+    for axis in axes:
+        if used.shape[axis] != 1 and used.stride(axis) == 0:
+            used = used.narrow(axis, 0, 1)
+    if len(axes) == 1 and used.shape[axes[0]] != 1:
+        front = tracker.share(used.movedim(axes[0], 0))
+        return _own_rows(tracker, front, owners.flatten()).movedim(0, axes[0])
+    if any(used.shape[axis] != 1 for axis in axes):
+        raise Uncovered
+    rows = _expand(tracker, used)[owners.squeeze()]
+    # The axes of the owners come first: each goes where the parameter has one of size 1.
+    rest = [axis for axis in range(owners.dim()) if axis not in axes]
+    rows = rows.reshape(
+        *[owners.shape[axis] for axis in axes], *[used.shape[axis] for axis in rest]
+    )
+    order = [*axes, *rest]
+    return rows.permute([order.index(axis) for axis in range(owners.dim())])
+
+
 def _expand(tracker: Tracker, used: Tensor) -> Tensor:
     looked_up = tracker.lookups.get(used)
     weight, indices = looked_up if looked_up is not None else (used, None)
@@ -102,9 +130,9 @@ def _expand(tracker: Tracker, used: Tensor) -> Tensor:
     return output
 
 
-def _row_by_row(tracker: Tracker, used: Tensor, reference: Tensor) -> Tensor:
+def _own_rows(tracker: Tracker, used: Tensor, owners: Tensor) -> Tensor:
     use = tracker.open(used)
-    output: Tensor = _Rows.apply(used.detach(), tracker.root, tracker.owners(reference), use)
+    output: Tensor = _Rows.apply(used.detach(), tracker.root, owners, use)
     return output
 
 
@@ -115,7 +143,7 @@ def _reference(tracker: Tracker, operands: Sequence[Any]) -> Tensor:
     carriers = [t for t in tensors if not tracker.is_shared(t) and t.dim() == rank and rank > 0]
     if not carriers:
         raise Uncovered
-    return max(carriers, key=lambda tensor: tensor.shape[0])
+    return max(carriers, key=lambda tensor: tensor.numel())
 
 
 _BINARY = "add sub mul div true_divide pow maximum minimum"
@@ -144,16 +172,23 @@ def _handle_concatenation(tracker: Tracker, call: Call) -> Any:
     tensors = list(call.argument(0, "tensors"))
     axis = call.argument(1, "dim", 0)
     reference = _reference(tracker, tensors)
-    if axis % (reference.dim() + (call.name == "stack")) == 0:
-        raise Uncovered
-    if any(tensor.shape[0] != reference.shape[0] for tensor in tensors):
+    owners = tracker.all_owners(reference)
+    if call.name != "stack":
+        constant_along(owners, [axis])
+    own = varying(owners)
+    if any(tensor.shape[i] != reference.shape[i] for tensor in tensors for i in own):
         raise Uncovered
     prepared = [
         batched(tracker, tensor, reference) if tracker.is_used(tensor) else tensor
         for tensor in tensors
     ]
-    widest = [tensor.expand(reference.shape[0], *tensor.shape[1:]) for tensor in prepared]
-    return call.func(widest, dim=axis)
+    return call.func([_as_wide(tensor, reference, own) for tensor in prepared], dim=axis)
+
+
+def _as_wide(tensor: Tensor, reference: Tensor, axes: list[int]) -> Tensor:
+    return tensor.expand(
+        [reference.shape[i] if i in axes else size for i, size in enumerate(tensor.shape)]
+    )
 
 
 @covers("scaled_dot_product_attention")
@@ -172,15 +207,40 @@ def _handle_attention(tracker: Tracker, call: Call) -> Any:
     return call.func(*prepared, *call.args[4:], **options)
 
 
+@covers("__setitem__")
+def _handle_writing(tracker: Tracker, call: Call) -> Any:
+    """x[index] = p: what stands there belongs to whom it belonged before."""
+    target, index, value = call.args
+    if not tracker.is_used(value) or tracker.is_used(target):
+        raise Uncovered
+    place = tracker.run(torch.Tensor.__getitem__, target, index)
+    return call.func(target, index, batched(tracker, value, place))
+
+
+@covers("grid_sampler")
+def _handle_grid_sampler(tracker: Tracker, call: Call) -> Any:
+    """A learnt map (1, D, h, w), read at places (N, H, W, 2) of the examples."""
+    learnt, grid, *settings = call.args
+    if not tracker.is_used(learnt) or learnt.shape[0] != 1:
+        raise Uncovered
+    owners = tracker.element_owners(grid)
+    if owners is None:
+        return call.func(batched(tracker, learnt, grid), grid, *settings)
+    if varying(owners) not in ([], [1]):
+        raise Uncovered
+    rows = owners.flatten().expand(grid.shape[1])
+    order = rows.argsort(stable=True)
+    counts = torch.bincount(rows, minlength=tracker.num_examples).tolist()
+    maps, places = _expand(tracker, learnt), grid[:, order].split(counts, 1)
+    read = [call.func(maps[n], own, *settings) for n, own in enumerate(places) if counts[n]]
+    return torch.cat(read, 2)[:, :, order.argsort()]
+
+
 def multiply(tracker: Tracker, x: Tensor, scale: Any) -> Tensor:
     """x · scale, where scale may be a parameter."""
-    return x * (batched(tracker, scale, x) if _is_parameter(scale) else scale)
+    return x * (batched(tracker, scale, x) if tracker.is_used(scale) else scale)
 
 
 def add(tracker: Tracker, x: Tensor, shift: Any) -> Tensor:
     """x + shift, where shift may be a parameter."""
-    return x + (batched(tracker, shift, x) if _is_parameter(shift) else shift)
-
-
-def _is_parameter(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+    return x + (batched(tracker, shift, x) if tracker.is_used(shift) else shift)

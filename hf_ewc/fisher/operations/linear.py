@@ -6,14 +6,13 @@ With inputs xₙ (T×I) and output gradients gₙ (T×O) of example n, ∂/∂W 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ewc.fisher.operations.elementwise import batched
+from hf_ewc.fisher.operations.elementwise import add, batched
 from hf_ewc.fisher.operations.registry import (
     covers,
     detached,
@@ -23,6 +22,7 @@ from hf_ewc.fisher.operations.registry import (
 )
 from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.gradients import Dense, Linear, RaggedLinear
+from hf_ewc.fisher.uses.owners import varying
 from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
@@ -65,13 +65,21 @@ class _Linear(torch.autograd.Function):
 
 def linear(tracker: Tracker, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias) with the uses of weight and bias opened in the ledger."""
-    if x.dim() < 2 or weight.dim() != 2 or tracker.is_shared(x):
+    if weight.dim() != 2 or tracker.is_shared(x):
         raise Uncovered
-    owners = tracker.gathered_owners(x)
+    owners = tracker.element_owners(x)
     if owners is None:
         tracker.rows_per_example(x)
-    elif x.dim() > 2:
-        owners = owners.repeat_interleave(math.prod(x.shape[1:-1]))
+    else:
+        axes = varying(owners)
+        if x.dim() - 1 in axes:
+            raise Uncovered
+        if len(axes) == 1 and axes != [0]:  # time first, or packed into one row
+            front, axis = tracker.examples_first(x)
+            return linear(tracker, front, weight, bias).movedim(0, axis)
+        owners = owners.squeeze(-1).expand(x.shape[:-1]).flatten()
+    if x.dim() < 2 and owners is None:
+        raise Uncovered
     uses = open_if_used(tracker, weight), open_if_used(tracker, bias)
     x, weight, bias = _autocast(x, weight, bias)
     output: Tensor = _Linear.apply(
@@ -119,9 +127,24 @@ def _handle_matmul(tracker: Tracker, call: Call) -> Any:
     if tracker.is_shared(right):
         return times_weight(tracker, left, right)
     if left.dim() >= 2 and right.dim() >= 3:  # W x = (xᵀ Wᵀ)ᵀ
-        x = tracker.follow(right.transpose(-1, -2), right)
+        x = tracker.run(torch.transpose, right, -1, -2)
         return times_weight(tracker, x, left.transpose(-1, -2)).transpose(-1, -2)
     raise Uncovered
+
+
+@covers("baddbmm")
+def _handle_baddbmm(tracker: Tracker, call: Call) -> Any:
+    """β b + α x y, of which any may be a parameter."""
+    added, left, right = (
+        call.argument(i, name) for i, name in enumerate(("input", "batch1", "batch2"))
+    )
+    product = Call(torch.bmm, "bmm", (left, right), {})
+    used = tracker.is_used(left) or tracker.is_used(right)
+    result = _handle_matmul(tracker, product) if used else product.run()
+    tracker.follow_call(product, [left, right], [result])
+    result = tracker.follow(result * call.kwargs.get("alpha", 1), result)
+    scaled = added * call.kwargs.get("beta", 1)
+    return add(tracker, result, tracker.share(scaled) if tracker.is_used(added) else scaled)
 
 
 def times_weight(tracker: Tracker, x: Tensor, weight: Tensor) -> Tensor:
@@ -142,9 +165,7 @@ def times_weight(tracker: Tracker, x: Tensor, weight: Tensor) -> Tensor:
 def _slice_times_weight(
     tracker: Tracker, x: Tensor, weight: Tensor, axis: int, index: int
 ) -> Tensor:
-    row = x.select(axis, index)
-    row = tracker.follow(row, x if axis else row)
-    return times_weight(tracker, row, weight[index])
+    return times_weight(tracker, tracker.run(torch.select, x, axis, index), weight[index])
 
 
 def _require_shared(tracker: Tracker, *operands: Tensor | None) -> None:

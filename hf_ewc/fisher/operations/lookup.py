@@ -5,7 +5,6 @@ With indices i_nt and output gradients g_nt, ∂/∂W[v] of example n = Σ_t [i_
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -55,9 +54,7 @@ def look_up(
     """weight[indices] for a weight (V, D) and integer indices that carry examples."""
     if weight.dim() != 2 or indices.dim() == 0 or indices.is_floating_point():
         raise Uncovered
-    if indices.dim() > 1 and tracker.gathered_owners(indices) is not None:
-        raise Uncovered
-    owners = tracker.owners(indices).repeat_interleave(math.prod(indices.shape[1:]))
+    owners = tracker.all_owners(indices).expand(indices.shape).flatten()
     use = tracker.open(weight)
     output: Tensor = _Lookup.apply(indices, weight.detach(), tracker.root, use, owners, padding)
     return output

@@ -66,7 +66,7 @@ def _handle_layer_norm(tracker: Tracker, call: Call) -> Any:
     eps = call.argument(4, "eps", 1e-5)
     if call.func is not F.layer_norm:
         raise Uncovered
-    plain = tracker.gathered_owners(x) is None and x.dim() > len(shape)
+    plain = tracker.element_owners(x) is None and x.dim() > len(shape)
     if plain and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
         tracker.rows_per_example(x)
         uses = open_if_used(tracker, weight), open_if_used(tracker, bias)

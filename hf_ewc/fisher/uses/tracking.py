@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.uses.call import Call
+from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.ledger import Ledger
+from hf_ewc.fisher.uses.nested import tensors_in
 from hf_ewc.fisher.uses.origins import Origins
+from hf_ewc.fisher.uses.owners import varying
 from hf_ewc.fisher.uses.rows import RowOwners
 from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.table import TensorTable
@@ -62,6 +64,13 @@ class Tracker:
         self._rows.copy(target, source)
         return target
 
+    def run(self, func: Callable[..., Any], *args: Any) -> Any:
+        """`func(*args)` inside of a handler, its result followed."""
+        result = func(*args)
+        call = Call(func, func.__name__, args, {})
+        self.follow_call(call, tensors_in(args), tensors_in(result))
+        return result
+
     def follow_call(self, call: Call, inputs: list[Tensor], results: Sequence[Tensor]) -> None:
         """Note that the results carry examples, and of which example each row is."""
         for tensor in results:
@@ -75,6 +84,27 @@ class Tracker:
     def gathered_owners(self, tensor: Tensor) -> Tensor | None:
         """The example of each row (R,) where rows were gathered, None where they are in order."""
         return self._rows.gathered(tensor)
+
+    def element_owners(self, tensor: Tensor) -> Tensor | None:
+        """The example of each element, with axes of 1 along which it does not vary.
+
+        None where rows are in order along the first axis.
+        """
+        return self._rows.elements(tensor)
+
+    def examples_first(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """A view with the axis in front along which owners vary, and where that axis was."""
+        owners = self._rows.elements(tensor)
+        axes = [] if owners is None else varying(owners)
+        if len(axes) > 1:
+            raise Uncovered
+        if not axes or axes == [0]:
+            return tensor, 0
+        return self.run(torch.movedim, tensor, axes[0], 0), axes[0]
+
+    def all_owners(self, tensor: Tensor) -> Tensor:
+        """As `element_owners`, also where rows are in order."""
+        return self._rows.of_elements(tensor)
 
     def owners(self, tensor: Tensor) -> Tensor:
         """The example of each row along the first axis, (R,)."""
