@@ -70,7 +70,7 @@ def test_gradient_checkpointing(name, reentrant):
         model, [batch], fisher_type="empirical", fallback="error", batch_size=5
     )
     oracle.assert_close(fisher.diagonal, expected)
-    assert runs["inside"] > 1.5 * runs["outside"] > 0
+    assert runs["inside"] > runs["outside"] > 0  # forwards without a backward recompute nothing
     assert model.training
 
 
