@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as t
 from architectures import ARCHITECTURES, build, classes, tokens
-from models import Examples, bert, llama
+from models import Examples, Unseen, bert, llama
 from torch import nn
 
 from hf_ewc import Fisher, estimate_fisher
@@ -423,21 +423,19 @@ class Gated(nn.Module):
 
 
 class TimeFirst(nn.Module):
-    """Takes (B, T, 4) and works on (T, B, 4): the first axis is not the batch's."""
-
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x, labels=None):
-        hidden = torch.tanh(self.inner(x.transpose(0, 1)))
-        return {"logits": self.head(hidden.mean(0))}
+        hidden = Unseen.apply(torch.tanh(self.inner(x)))
+        return {"logits": self.head(hidden).mean(0)}
 
 
 @pytest.mark.parametrize(
     ("kind", "length", "reason"),
-    [(Gated, 3, "in gru"), (TimeFirst, 4, "differs from single examples"), (TimeFirst, 3, "inner")],
+    [(Gated, 3, "in gru"), (TimeFirst, 4, "differs from single examples"), (TimeFirst, 3, "head")],
 )
 def test_other_architectures_fall_back_exactly(kind, length, reason):
     model = kind()
@@ -531,17 +529,15 @@ def test_a_fisher_by_hand_is_checked():
         Fisher({"w": torch.ones(1)}, 1, "other")
 
 
-class TimeFirst(nn.Module):
-    """Works on (time, batch, features): the first axis is not the batch's."""
-
+class TimeFirstTokens(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x, labels=None):
-        hidden = torch.tanh(self.inner(x.transpose(0, 1)))
-        return {"logits": self.head(hidden.transpose(0, 1).contiguous())}
+        hidden = Unseen.apply(torch.tanh(self.inner(x)))
+        return {"logits": self.head(hidden).transpose(0, 1).contiguous()}
 
 
 def positions_scores(model, batch):
@@ -560,7 +556,7 @@ def test_examples_without_labels_prove_nothing():
         "labels": torch.randint(0, 3, (6, 4), generator=torch.Generator().manual_seed(2)),
     }
     batch["labels"][:3] = -100
-    model = TimeFirst()
+    model = TimeFirstTokens()
     with pytest.warns(UserWarning, match="one by one"):
         fisher = estimate_fisher(model, iter([batch]), fisher_type="empirical")
     assert fisher.num_examples == 3
@@ -569,7 +565,7 @@ def test_examples_without_labels_prove_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_examples_are_proved_apart_in_half_precision(dtype):
-    model = TimeFirst().to(dtype)
+    model = TimeFirstTokens().to(dtype)
     batch = {
         "x": torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype),
         "labels": torch.randint(0, 3, (6, 4), generator=torch.Generator().manual_seed(2)),

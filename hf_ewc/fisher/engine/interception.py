@@ -59,7 +59,11 @@ class Interception(TorchFunctionMode):
         if len(shared) == len(inputs):
             return self._run_shared(call)
         used = [tensor for tensor in shared if tensor.requires_grad]
-        result = self._run_covered(call, used) if used and torch.is_grad_enabled() else call.run()
+        used = used if torch.is_grad_enabled() else []
+        if used and is_composite(call.func) and find_handler(call) is None:
+            with self:
+                return opened(call.func)(*call.args, **call.kwargs)
+        result = self._run_covered(call, used) if used else call.run()
         self._tracker.follow_call(call, inputs, tensors_in(result))
         return result
 
@@ -83,9 +87,6 @@ class Interception(TorchFunctionMode):
         if handler is not None:
             with contextlib.suppress(Uncovered):
                 return handler(self._tracker, call)
-        elif is_composite(call.func):
-            with self:
-                return opened(call.func)(*call.args, **call.kwargs)
         for tensor in used:
             for leaf in leaves(tensor):
                 self._operations.setdefault(id(leaf), call.name)

@@ -7,7 +7,8 @@ import hf_ewc.fisher.operations.contraction
 import hf_ewc.fisher.operations.convolution
 import hf_ewc.fisher.operations.experts
 import hf_ewc.fisher.operations.lookup
-import hf_ewc.fisher.operations.normalization  # noqa: F401  (importing registers the handlers)
+import hf_ewc.fisher.operations.normalization
+import hf_ewc.fisher.operations.product  # noqa: F401  (importing registers the handlers)
 from hf_ewc.fisher.operations.elementwise import batched
 from hf_ewc.fisher.operations.linear import linear
 from hf_ewc.fisher.operations.registry import covers, find_handler

@@ -41,17 +41,21 @@ def _handle_einsum(tracker: Tracker, call: Call) -> Any:
         raise Uncovered
     if any(len(set(word)) < len(word) for word in (of_x, of_weight, result)):
         raise Uncovered
+    return contract(tracker, x, of_x, weight, of_weight, result)
+
+
+def contract(
+    tracker: Tracker, x: Tensor, of_x: str, weight: Tensor, of_weight: str, result: str
+) -> Tensor:
+    """einsum("of_x,of_weight->result", x, weight) with the use of the weight opened."""
     x, axis = tracker.examples_first(x)
     example = of_x[axis]
     if example not in result:
         raise Uncovered
     of_x = example + of_x.replace(example, "")
-    if result[0] != example:
-        found = _with_weight(
-            tracker, x, of_x, weight, of_weight, example + result.replace(example, "")
-        )
-        return found.movedim(0, result.index(example))
-    return _with_weight(tracker, x, of_x, weight, of_weight, result)
+    front = example + result.replace(example, "")
+    found = _with_weight(tracker, x, of_x, weight, of_weight, front)
+    return found.movedim(0, result.index(example)) if front != result else found
 
 
 def _with_weight(

@@ -107,7 +107,7 @@ def _spread(tracker: Tracker, used: Tensor, owners: Tensor) -> Tensor:
     for axis in axes:
         if used.shape[axis] != 1 and used.stride(axis) == 0:
             used = used.narrow(axis, 0, 1)
-    if len(axes) == 1 and used.shape[axes[0]] != 1:
+    if len(axes) == 1 and used.shape[axes[0]] == owners.numel():
         front = tracker.share(used.movedim(axes[0], 0))
         return _own_rows(tracker, front, owners.flatten()).movedim(0, axes[0])
     if any(used.shape[axis] != 1 for axis in axes):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ewc.fisher.operations.elementwise import add, batched
+from hf_ewc.fisher.operations.elementwise import batched
 from hf_ewc.fisher.operations.registry import (
     covers,
     detached,
@@ -40,8 +40,9 @@ class _Linear(torch.autograd.Function):
         tracker: Tracker,
         uses: tuple[Use | None, Use | None],
         owners: Tensor | None,
+        axis: int,
     ) -> Tensor:
-        ctx.tracker, ctx.uses, ctx.owners = tracker, uses, owners
+        ctx.tracker, ctx.uses, ctx.owners, ctx.axis = tracker, uses, owners, axis
         ctx.save_for_backward(x, weight)
         return unviewed(F.linear(x, weight, bias))
 
@@ -49,6 +50,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = outputs
         x, weight = ctx.saved_tensors
+        of_input = gradient @ weight if ctx.needs_input_grad[0] else None
+        x, gradient = x.movedim(ctx.axis, 0), gradient.movedim(ctx.axis, 0)
         weight_use, bias_use = ctx.uses
         tracker, owners = ctx.tracker, ctx.owners
         if bias_use is not None:
@@ -59,33 +62,39 @@ class _Linear(torch.autograd.Function):
         elif weight_use is not None:
             products = Linear(tracker.per_example(gradient), tracker.per_example(x))
             weight_use.deliver(products)
-        of_input = gradient @ weight if ctx.needs_input_grad[0] else None
-        return of_input, None, None, None, None, None, None
+        return of_input, None, None, None, None, None, None, None
 
 
 def linear(tracker: Tracker, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias) with the uses of weight and bias opened in the ledger."""
     if weight.dim() != 2 or tracker.is_shared(x):
         raise Uncovered
-    owners = tracker.element_owners(x)
-    if owners is None:
-        tracker.rows_per_example(x)
-    else:
-        axes = varying(owners)
-        if x.dim() - 1 in axes:
-            raise Uncovered
-        if len(axes) == 1 and axes != [0]:  # time first, or packed into one row
-            front, axis = tracker.examples_first(x)
-            return linear(tracker, front, weight, bias).movedim(0, axis)
-        owners = owners.squeeze(-1).expand(x.shape[:-1]).flatten()
-    if x.dim() < 2 and owners is None:
-        raise Uncovered
+    owners, axis = _owners_of_vectors(tracker, x)
     uses = open_if_used(tracker, weight), open_if_used(tracker, bias)
     x, weight, bias = _autocast(x, weight, bias)
     output: Tensor = _Linear.apply(
-        x, weight.detach(), detached(bias), tracker.root, tracker, uses, owners
+        x, weight.detach(), detached(bias), tracker.root, tracker, uses, owners, axis
     )
     return output
+
+
+def _owners_of_vectors(tracker: Tracker, x: Tensor) -> tuple[Tensor | None, int]:
+    """The example of each vector along the last axis of x, and along which axis examples lie.
+
+    The owners are None where they are in order along that axis.
+    """
+    owners = tracker.element_owners(x)
+    axes = [] if owners is None else varying(owners)
+    if x.dim() - 1 in axes or (owners is None and x.dim() < 2):
+        raise Uncovered
+    if owners is None:
+        tracker.rows_per_example(x)
+        return None, 0
+    if len(axes) == 1:
+        front, axis = tracker.examples_first(x)  # time first, or packed into one row
+        if tracker.element_owners(front) is None:
+            return None, axis
+    return owners.squeeze(-1).expand(x.shape[:-1]).flatten(), 0
 
 
 def _autocast(
@@ -118,35 +127,6 @@ def _handle_addmm(tracker: Tracker, call: Call) -> Any:
     return linear(tracker, x, weight.t(), bias)
 
 
-@covers("matmul", "mm", "bmm", "__matmul__", "__rmatmul__")
-def _handle_matmul(tracker: Tracker, call: Call) -> Any:
-    left = call.argument(0, "input")
-    right = call.argument(1, "mat2" if "mat2" in call.kwargs else "other")
-    if call.func is torch.Tensor.__rmatmul__:
-        left, right = right, left
-    if tracker.is_shared(right):
-        return times_weight(tracker, left, right)
-    if left.dim() >= 2 and right.dim() >= 3:  # W x = (xᵀ Wᵀ)ᵀ
-        x = tracker.run(torch.transpose, right, -1, -2)
-        return times_weight(tracker, x, left.transpose(-1, -2)).transpose(-1, -2)
-    raise Uncovered
-
-
-@covers("baddbmm")
-def _handle_baddbmm(tracker: Tracker, call: Call) -> Any:
-    """β b + α x y, of which any may be a parameter."""
-    added, left, right = (
-        call.argument(i, name) for i, name in enumerate(("input", "batch1", "batch2"))
-    )
-    product = Call(torch.bmm, "bmm", (left, right), {})
-    used = tracker.is_used(left) or tracker.is_used(right)
-    result = _handle_matmul(tracker, product) if used else product.run()
-    tracker.follow_call(product, [left, right], [result])
-    result = tracker.follow(result * call.kwargs.get("alpha", 1), result)
-    scaled = added * call.kwargs.get("beta", 1)
-    return add(tracker, result, tracker.share(scaled) if tracker.is_used(added) else scaled)
-
-
 def times_weight(tracker: Tracker, x: Tensor, weight: Tensor) -> Tensor:
     """x @ W for W (I,), (I, O) or, paired with an axis of x, (…, I, O)."""
     if weight.dim() == 1:
@@ -157,6 +137,8 @@ def times_weight(tracker: Tracker, x: Tensor, weight: Tensor) -> Tensor:
     if axis not in (0, 1):
         raise Uncovered
     if not tracker.is_direct(weight) or weight.shape[0] != x.shape[axis]:
+        if tracker.element_owners(x) is not None:
+            tracker.gathered_owners(x)  # of whole matrices, not of their rows
         return x @ batched(tracker, weight, x)
     slices = [_slice_times_weight(tracker, x, weight, axis, i) for i in range(weight.shape[0])]
     return torch.stack(slices, dim=axis)

@@ -22,6 +22,8 @@ from hf_ewc.fisher.uses.table import TensorTable
 
 _UNKNOWN = object()
 # How many come out, and whose, depends on the data in other ways than being picked.
+# What cannot be followed, or what a function refuses of owners that it takes of values.
+_UNFOLLOWED = (Uncovered, RuntimeError, IndexError, TypeError, ValueError)
 _MIXING = frozenset({"unique", "unique_consecutive"})
 _SORTING = frozenset({"sort", "argsort", "topk"})
 # What is written into the first argument.
@@ -120,7 +122,7 @@ class RowOwners:
                 self._put(outputs[0], combined(call, carriers, self._all(carriers), outputs[0]))
                 return
             found = moved(call, carriers, self._all(carriers), outputs)
-        except Uncovered:
+        except _UNFOLLOWED:
             self._forget(outputs)
             return
         for output, owners in zip(outputs, found, strict=True):
@@ -134,7 +136,7 @@ class RowOwners:
         elif carriers:
             try:
                 self._put(output, by_index(call, carriers, self._all(carriers), output.dim()))
-            except Uncovered:
+            except _UNFOLLOWED:
                 self._table.put(output, _UNKNOWN)
 
     def _follow_combination(
@@ -146,7 +148,7 @@ class RowOwners:
         for output in outputs:
             try:
                 self._put(output, combined(call, carriers, self._all(carriers), output))
-            except Uncovered:
+            except _UNFOLLOWED:
                 self._table.put(output, _UNKNOWN)
 
     def _has_rows(self, tensor: Tensor) -> bool:
@@ -168,7 +170,7 @@ class RowOwners:
                     self._put(output, owners)
             elif source.dim() == 1 and len(outputs) == 2:
                 self._put(outputs[0], owners[outputs[1]])
-        except Uncovered:
+        except _UNFOLLOWED:
             return
 
     def _all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
