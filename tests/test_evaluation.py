@@ -2,17 +2,20 @@
 
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
-from models import gpt2
+from models import bert, gpt2, llama
+from peft import LoraConfig, get_peft_model
 from test_tasks import arguments, two_tasks, vit
-from transformers import TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 
 from hf_ewc import Task, run_tasks
 from hf_ewc.report import read_results
 from hf_ewc.tasks.evaluation import figures_of
+from hf_ewc.tasks.token_scores import TokenScores, is_causal
 
 
 def test_timings_are_no_results():
@@ -144,12 +147,133 @@ def test_a_name_that_is_not_known_ends_before_the_first_step(tmp_path, monkeypat
 def test_perplexity_is_shown_as_what_it_is(tmp_path):
     data = [{"input_ids": [1, 2, i % 5, 4], "labels": [1, 2, i % 5, 4]} for i in range(8)]
     tasks = [Task(name, data, data, metric="perplexity") for name in ("a", "b")]
-    result = run_tasks(gpt2(), tasks, arguments(tmp_path, max_steps=1))
+    model = gpt2()
+    result = run_tasks(model, tasks, arguments(tmp_path, max_steps=1))
     figures = result.metrics[1]["a"]
-    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    assert figures["perplexity"] == pytest.approx(perplexity(model, data), rel=1e-4)
     assert result.matrix[1, 0] == -figures["perplexity"]
     stored = read_results(tmp_path / "results.json")[1]["runs"]["plain"][0]
     assert stored["scores"][1][0] == pytest.approx(figures["perplexity"])
     report = (tmp_path / "report.md").read_text()
     assert "average perplexity ↓" in report
     assert "-" + f"{figures['perplexity']:.3f}" not in report
+
+
+def test_general_text_is_only_evaluated(tmp_path):
+    data = [{"input_ids": [1, 2, i % 5, 4], "labels": [1, 2, i % 5, 4]} for i in range(8)]
+    general = [{"input_ids": [7, 7, i % 3, 9], "labels": [7, 7, i % 3, 9]} for i in range(8)]
+    tasks = [Task(name, data, data, metric="perplexity") for name in ("a", "b")]
+    also = [Task("general text", None, general, metric="perplexity")]
+    options = dict(args=arguments(tmp_path, max_steps=1), evaluate_also=also)
+    model = gpt2()
+    before = perplexity(model, general)
+    result = run_tasks(model, tasks, **options)
+    found = -result.matrix.others["general text"]
+    assert found[0] == pytest.approx(before, rel=1e-4)
+    assert found[2] == pytest.approx(perplexity(model, general), rel=1e-4)
+    assert found[2] == result.metrics[1]["general text"]["perplexity"]
+    alone = run_tasks(gpt2(), tasks, arguments(tmp_path / "alone", max_steps=1))
+    assert result.matrix.summary() == alone.matrix.summary()
+    report = (tmp_path / "report.md").read_text()
+    assert "| before" in report
+    assert "general text ↓" in report
+    again = run_tasks(gpt2(), tasks, **options)
+    assert again.matrix == result.matrix
+
+
+def perplexity(model, data):
+    batch = {key: torch.tensor([row[key] for row in data]) for key in data[0]}
+    with torch.no_grad():
+        return math.exp(model.eval()(**batch).loss)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "accuracy", "loss"])
+def test_perplexity_counts_labelled_tokens_over_all_batches(tmp_path, metric):
+    # Rows with few and with many labels, in batches of two: no mean over batches is right.
+    rows = [
+        [1, 2, 3, 4, 5, 6],
+        [-100, -100, 3, 4, -100, -100],
+        [-100] * 5 + [6],
+        [1, 2, -100, 4, 5, 6],
+    ]
+    data = [{"input_ids": [1, 2, 3, 4, 5, 6], "labels": labels} for labels in rows]
+    args = arguments(tmp_path, max_steps=1, per_device_eval_batch_size=2)
+    model = gpt2()
+    figures = run_tasks(model, [Task("a", data, data, metric=metric)], args).metrics[0]["a"]
+    total = hits = tokens = 0
+    with torch.no_grad():
+        for row in data:
+            logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0].double()
+            for position, label in enumerate(row["labels"][1:]):
+                if label != -100:
+                    total -= float(logits[position].log_softmax(-1)[label])
+                    hits += int(logits[position].argmax() == label)
+                    tokens += 1
+    assert figures["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    if metric == "accuracy":
+        assert figures["accuracy"] == pytest.approx(hits / tokens)
+
+
+def test_perplexity_from_logits_is_that_from_sums():
+    chance = np.random.default_rng(0)
+    logits, labels = chance.normal(size=(3, 4, 5)), chance.integers(0, 5, (3, 4))
+    scores = TokenScores(shifted=True, with_accuracy=True)
+    sums = scores.sums(torch.tensor(logits), torch.tensor(labels)).numpy()
+    expected = scores(EvalPrediction(logits, labels))
+    assert scores(EvalPrediction(sums, labels)) == pytest.approx(expected)
+    assert scores(EvalPrediction((logits, None), labels)) == expected
+    wild = TokenScores(shifted=False, with_accuracy=False)
+    assert wild(EvalPrediction(np.array([[1e6, 0, 1.0]]), labels)) == {"perplexity": math.inf}
+    with pytest.raises(ValueError, match="no labels"):
+        scores(EvalPrediction(np.zeros((1, 3)), labels))
+    with pytest.raises(ValueError, match=r"labels have the shape \(3,\)"):
+        scores.sums(torch.zeros(3, 2), torch.zeros(3))
+
+
+def test_what_is_only_evaluated_shares_the_head(tmp_path):
+    first, second = two_tasks()
+    also = [Task("0 to 3", None, first.eval_dataset + second.eval_dataset)]
+    result = run_tasks(vit(), [first, second], arguments(tmp_path, max_steps=1), evaluate_also=also)
+    assert not np.isnan(result.matrix.others["0 to 3"]).any()
+
+
+@pytest.mark.parametrize(
+    ("also", "error", "message"),
+    [
+        (["general"], TypeError, "must be a list of hf_ewc.Task"),
+        ([Task("x", [{"a": 1}], [{"a": 1}])], ValueError, "has a train_dataset"),
+        ([Task("x", None, None)], ValueError, "has no eval_dataset"),
+        ([Task("x", None, [])], ValueError, "is empty"),
+        ([Task("0 or 1", None, [{"a": 1}])], ValueError, "name of its own"),
+    ],
+)
+def test_what_cannot_be_evaluated_beside(tmp_path, also, error, message):
+    with pytest.raises(error, match=message):
+        run_tasks(vit(), two_tasks(), arguments(tmp_path), evaluate_also=also)
+
+
+def test_a_report_that_a_kill_took_is_made_by_the_next_call(tmp_path):
+    def run():
+        return run_tasks(vit(), two_tasks(), arguments(tmp_path, max_steps=1))
+
+    run()
+    whole = (tmp_path / "report.md").read_bytes()
+    results = (tmp_path / "results.json").stat().st_mtime_ns
+    for name in ("report.md", "curves.png"):
+        (tmp_path / name).unlink()
+    run()
+    assert (tmp_path / "report.md").read_bytes() == whole
+    assert (tmp_path / "curves.png").exists()
+    (tmp_path / "report.md").write_text("of the first task")
+    os.utime(tmp_path / "report.md", (1, 1))
+    run()
+    assert (tmp_path / "report.md").read_bytes() == whole
+    assert (tmp_path / "results.json").stat().st_mtime_ns == results
+
+
+def test_which_models_predict_the_next_token():
+    assert is_causal(gpt2())
+    assert is_causal(llama())
+    assert is_causal(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])))
+    assert not is_causal(vit())
+    assert not is_causal(bert())

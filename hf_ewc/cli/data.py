@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import transformers
 
-from hf_ewc.cli.models import is_causal
+from hf_ewc.tasks.token_scores import is_causal
 
 _BUILDERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",

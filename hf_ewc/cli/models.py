@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import transformers
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # PEFT's names of tasks, and its classes that load an adapter with its base.
 _WITH_ADAPTER = {
@@ -46,12 +45,6 @@ def load_model(name: str) -> nn.Module:
             "Fisher of weights drawn at random protects nothing."
         )
     return model  # type: ignore[no-any-return]
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether the model is a causal language model, which learns from the text itself."""
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    return type(base).__name__ in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def _with_adapter(name: str) -> nn.Module:

@@ -5,7 +5,7 @@ from hf_ewc.report.outcome import LayerImportance, Outcome
 from hf_ewc.report.results import read_outcomes, read_results, write_results
 from hf_ewc.report.statistics import mean_scores, summarize
 from hf_ewc.report.tables import difference_table, score_table, summary_table
-from hf_ewc.report.writing import write_report
+from hf_ewc.report.writing import write_pages, write_report
 
 __all__ = [
     "Cost",
@@ -19,6 +19,7 @@ __all__ = [
     "score_table",
     "summarize",
     "summary_table",
+    "write_pages",
     "write_report",
     "write_results",
 ]

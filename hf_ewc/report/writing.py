@@ -50,15 +50,26 @@ def write_report(
     Returns:
         The path of results.json.
     """
+    path = write_results(Path(folder) / "results.json", runs, details)
+    write_pages(folder, runs, title=title, notes=notes)
+    return path
+
+
+def write_pages(
+    folder: str | os.PathLike[str],
+    runs: Given,
+    *,
+    title: str = "Continual learning",
+    notes: Sequence[str] = (),
+) -> None:
+    """Write `report.md` and the pictures alone, as `write_report` does."""
     folder, checked = Path(folder), as_runs(runs)
-    path = write_results(folder / "results.json", checked, details)
     _attempt(
         folder / "report.md",
         lambda: markdown(checked, title=title, notes=notes).encode(errors="replace"),
     )
     for name in pictures_of(checked):
         _attempt(folder / name, lambda name=name: _drawn(name, checked))  # type: ignore[misc]
-    return path
 
 
 def pictures_of(runs: Runs) -> list[str]:

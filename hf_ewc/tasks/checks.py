@@ -57,6 +57,27 @@ def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) 
                 _check_labels(what, data)
 
 
+def check_evaluated(tasks: Any, data_collator: Callable[..., Any] | None) -> None:
+    """Refuse what cannot be evaluated beside the tasks, or is one of them.
+
+    Raises:
+        TypeError: these are no tasks.
+        ValueError: one has training data.
+    """
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
+        raise TypeError("evaluate_also must be a list of hf_ewc.Task.")
+    for task in tasks:
+        if task.train_dataset is not None:
+            raise ValueError(
+                f"task {task.name!r} of evaluate_also has a train_dataset; put it among the tasks, "
+                "or give None."
+            )
+        what = f"the eval_dataset of task {task.name!r}"
+        _check_kind(what, task.eval_dataset)
+        if task.data_collator is None and data_collator is None:
+            _check_labels(what, task.eval_dataset)
+
+
 def _check_kind(what: str, data: Any) -> None:
     library = type(data).__module__.split(".")[0]
     if library in ("pandas", "polars", "pyarrow"):

@@ -12,12 +12,11 @@ import numpy as np
 from torch import nn
 from transformers import EvalPrediction
 
-from hf_ewc.fisher.likelihood.label_shift import shifts_labels
-from hf_ewc.parameters.names import unwrap
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Figures, Metrics, Task
+from hf_ewc.tasks.token_scores import TokenScores, is_causal
 
 logger = logging.getLogger("hf_ewc")
 
@@ -40,18 +39,21 @@ def evaluate(
     The trainer's collator and metrics are exchanged for each task's, and put back at the end.
     `collator` is for the tasks that have none.
     """
-    own = trainer.data_collator, trainer.compute_metrics
+    own = trainer.data_collator, trainer.compute_metrics, trainer.preprocess_logits_for_metrics
     found = {}
     try:
         for task in tasks:
             trainer.data_collator = task.data_collator or collator
-            trainer.compute_metrics = metrics_of(task, plan, trainer.model)
+            found_by = trainer.compute_metrics = metrics_of(task, plan, trainer.model)
+            trainer.preprocess_logits_for_metrics = (
+                found_by.sums if isinstance(found_by, TokenScores) else own[2]
+            )
             prefix = f"eval_{task.name}"
             with space.of(task):
                 metrics = trainer.evaluate(task.eval_dataset, metric_key_prefix=prefix)
-            found[task.name] = with_perplexity(figures_of(metrics, prefix), task, trainer.model)
+            found[task.name] = figures_of(metrics, prefix)
     finally:
-        trainer.data_collator, trainer.compute_metrics = own
+        trainer.data_collator, trainer.compute_metrics, trainer.preprocess_logits_for_metrics = own
     return found
 
 
@@ -89,15 +91,6 @@ def _finite(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def with_perplexity(figures: Figures, task: Task, model: nn.Module) -> Figures:
-    """Beside the loss of a language model, or where it is the score: exp(loss), per token."""
-    loss = figures.get("loss")
-    asked = task.metric == "perplexity" or bool(shifts_labels(unwrap(model)))
-    if "perplexity" in figures or "loss" not in figures or not asked:
-        return figures
-    return {**figures, "perplexity": None if loss is None or loss > 700 else math.exp(loss)}
-
-
 def warn_of_lost(found: Mapping[str, Figures], earlier: Sequence[Mapping[str, Figures]]) -> None:
     """Say once which figures are None; those that were so after an earlier task were said."""
     lost = [
@@ -115,15 +108,18 @@ def warn_of_lost(found: Mapping[str, Figures], earlier: Sequence[Mapping[str, Fi
 def metrics_of(task: Task, plan: Plan, model: nn.Module) -> Metrics | None:
     """The function for the task's metrics: its own, the run's, or accuracy where that is asked.
 
-    Metrics given by name come beside the accuracy that is the score.
+    Metrics given by name come beside the accuracy that is the score; language models without any
+    have their perplexity.
     """
     given = task.compute_metrics or plan.compute_metrics
-    is_named = given is not None and not callable(given)
-    shifted = bool(shifts_labels(unwrap(model))) if given is None or is_named else False
-    default = partial(accuracy, shifted=shifted) if task.metric == "accuracy" else None
-    if given is None or callable(given):
-        return given or default
-    return NamedMetrics(given, shifted, beside=default)
+    if callable(given):
+        return given
+    shifted = is_causal(model)
+    by_accuracy = task.metric == "accuracy"
+    if given is None and (shifted or task.metric == "perplexity"):
+        return TokenScores(shifted, with_accuracy=by_accuracy)
+    default = partial(accuracy, shifted=shifted) if by_accuracy else None
+    return default if given is None else NamedMetrics(given, shifted, beside=default)
 
 
 def accuracy(prediction: EvalPrediction, shifted: bool = False) -> dict[str, float]:

@@ -25,6 +25,7 @@ class Plan:
     compute_metrics: Metrics | str | Sequence[str] | None
     mask_training: bool
     evaluate_unseen: bool
+    evaluate_also: tuple[Task, ...]
     scenario: str
     sequence: SequenceConfig
     log_likelihood: Callable[..., Any] | None

@@ -17,7 +17,8 @@ from hf_ewc.report import (
     Cost,
     LayerImportance,
     Outcome,
-    read_results,
+    read_outcomes,
+    write_pages,
     write_report,
     write_results,
 )
@@ -55,7 +56,7 @@ class Record:
         self.history: list[list[Entry]] = []
         self.costs: list[Cost] = []
         self.steps: list[int] = []
-        self.importance: dict[str, LayerImportance] | None = None
+        self.importance: Mapping[str, LayerImportance] | None = None
 
     @property
     def done(self) -> int:
@@ -69,10 +70,11 @@ class Record:
             ValueError: they are of a run with other settings.
         """
         path = self.folder.results
-        runs, content = read_results(path)
+        runs, content = read_outcomes(path)
         check_same_run(path, content.get("settings"), settings_of(self.plan, model))
-        (saved,) = runs[self.plan.method]
-        self.matrix.take_over(saved)
+        (saved,) = runs[self.plan.method].values()
+        self.matrix.take_over(saved.matrix)
+        self.importance = saved.importance
         self.metrics = content["metrics"]
         self.history = content.get("history", [])
         self.costs = self._read_costs()[: self.done]
@@ -92,13 +94,14 @@ class Record:
         if self.done < len(self.plan.tasks) and self.costs[-1].seconds < WORTH_A_REPORT:
             write_results(self.folder.results, self._runs(), self._details(model))
             return
-        write_report(
-            self.folder.path,
-            self._runs(),
-            title="Continual learning",
-            notes=self._notes(model),
-            details=self._details(model),
-        )
+        notes, details = self._notes(model), self._details(model)
+        write_report(self.folder.path, self._runs(), notes=notes, details=details)
+
+    def complete(self, model: nn.Module) -> None:
+        """Make the report of results that are there, if a kill came between the two."""
+        results, report = self.folder.results, self.folder.path / "report.md"
+        if not report.exists() or report.stat().st_mtime_ns < results.stat().st_mtime_ns:
+            write_pages(self.folder.path, self._runs(), notes=self._notes(model))
 
     def _runs(self) -> dict[str, dict[int, Outcome]]:
         outcome = Outcome(self.matrix, importance=self.importance)

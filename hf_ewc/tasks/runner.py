@@ -17,6 +17,7 @@ from hf_ewc.report import Cost
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.checks import (
     check_data,
+    check_evaluated,
     check_names,
     check_score,
     check_sequence,
@@ -70,6 +71,7 @@ def run_tasks(
     compute_metrics: Metrics | str | Sequence[str] | None = None,
     mask_training: bool = True,
     evaluate_unseen: bool = False,
+    evaluate_also: Sequence[Task] = (),
     joint: Sequence[float] | Mapping[str, float] | None = None,
     scenario: str | None = None,
     log_likelihood: Callable[..., Any] | None = None,
@@ -101,6 +103,8 @@ def run_tasks(
         mask_training: whether training and Fisher, too, see only the task's own classes.
         evaluate_unseen: score the tasks to come as well, and the untrained model, which forward
             transfer needs.
+        evaluate_also: tasks without training data, such as general text, that are scored before the
+            first task and after each; no measure counts them.
         joint: scores by task of a model trained jointly, which intransigence needs.
         scenario: "task", "domain" or "class"; None looks at `classes` and the labels.
         log_likelihood: for heads whose likelihood is not known, as `consolidate` takes it.
@@ -127,6 +131,7 @@ def run_tasks(
         compute_metrics=compute_metrics,
         mask_training=mask_training,
         evaluate_unseen=evaluate_unseen,
+        evaluate_also=evaluate_also,
         scenario=scenario,
         log_likelihood=log_likelihood,
         **trainer_kwargs,
@@ -136,8 +141,11 @@ def run_tasks(
         [task.name for task in tasks],
         joint=joint,
         lower_is_better={
-            task.name: task.metric for task in tasks if task.metric in LOWER_IS_BETTER
+            task.name: task.metric
+            for task in (*tasks, *evaluate_also)
+            if task.metric in LOWER_IS_BETTER
         },
+        others={task.name: None for task in evaluate_also},
     )
     run = TaskRun(plan, model, state, matrix)
     if plan.scenario == "class":
@@ -166,6 +174,7 @@ def planned(
     compute_metrics: Metrics | str | Sequence[str] | None = None,
     mask_training: bool = True,
     evaluate_unseen: bool = False,
+    evaluate_also: Sequence[Task] = (),
     scenario: str | None = None,
     log_likelihood: Callable[..., Any] | None = None,
     **trainer_kwargs: Any,
@@ -173,11 +182,12 @@ def planned(
     """The plan of a run, whose arguments are all looked at here, before anything is done."""
     check_types(tasks, args, ewc_config, sequence_config)
     sequence = sequence_config or SequenceConfig()
-    check_names(tasks)
+    check_evaluated(evaluate_also, data_collator)
+    check_names([*tasks, *evaluate_also])
     check_data(tasks, data_collator)
     check_tasks(tasks, args, ewc_config, trainer_class, scenario)
     check_sequence(tasks, args, trainer_class, sequence)
-    for task in tasks:
+    for task in (*tasks, *evaluate_also):
         check_score(task, task.compute_metrics or compute_metrics)
     return Plan(
         tasks=tuple(tasks),
@@ -188,6 +198,7 @@ def planned(
         compute_metrics=compute_metrics,
         mask_training=mask_training,
         evaluate_unseen=evaluate_unseen,
+        evaluate_also=tuple(evaluate_also),
         scenario=scenario or guess_scenario([(t.train_dataset, t.classes) for t in tasks]),
         sequence=sequence,
         log_likelihood=log_likelihood,

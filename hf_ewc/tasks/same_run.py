@@ -44,6 +44,7 @@ def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
         "tasks": [_settings_of_task(task, plan, model) for task in plan.tasks],
         "mask_training": plan.mask_training,
         "evaluate_unseen": plan.evaluate_unseen,
+        "evaluate_also": [_settings_of_task(task, plan, model) for task in plan.evaluate_also],
         "ewc_config": None if plan.config is None else asdict(plan.config),
         "sequence_config": plan.sequence.changes(),
         "args": {name: getattr(plan.args, name, None) for name in RECORDED},

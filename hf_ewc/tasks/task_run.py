@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +36,7 @@ from hf_ewc.tasks.progress import TaskProgress
 from hf_ewc.tasks.record import Record
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
-from hf_ewc.tasks.task import score_of
+from hf_ewc.tasks.task import Figures, Task, score_of
 from hf_ewc.tasks.tracking import SequenceTracker
 from hf_ewc.tasks.training_data import TrainingData, training_data
 from hf_ewc.tasks.warm_up import HeadWarmUp
@@ -99,6 +99,8 @@ class TaskRun:
 
     def learn_all(self) -> None:
         """Learn the tasks that are not learnt yet."""
+        if self.record.done == len(self.plan.tasks):
+            by_main_process(lambda: self.record.complete(self.model))
         with self.space, self._progress() as progress, self._tracked():
             for index in range(self.record.done, len(self.plan.tasks)):
                 self._learn(index, progress)
@@ -132,7 +134,7 @@ class TaskRun:
             trainer.add_callback(progress)
         self._tracker.begin(index, sum(self.record.steps))
         trainer.add_callback(self._tracker)
-        if index == 0 and self.plan.evaluate_unseen:
+        if index == 0:
             self._score_untrained(trainer)
         self._train(trainer, index, data)
         self._score(trainer, index)
@@ -211,22 +213,36 @@ class TaskRun:
 
     def _score(self, trainer: Any, index: int) -> None:
         """Enter the scores after this task, on all tasks so far or on all there are."""
-        tasks = self.plan.tasks
-        seen = tasks if self.plan.evaluate_unseen else tasks[: index + 1]
-        scores = evaluate(trainer, seen, self.plan, self.space, self._collator)
+        plan, matrix = self.plan, self.record.matrix
+        seen = plan.tasks if plan.evaluate_unseen else plan.tasks[: index + 1]
+        scores = self._evaluate(trainer, (*seen, *plan.evaluate_also))
         if is_main():
             warn_of_lost(scores, self.record.metrics)
-        for other in seen:
-            score = score_of(other, scores[other.name])
+        for task in seen:
+            score = score_of(task, scores[task.name])
             if score is not None:
-                self.record.matrix[index, other.name] = score
+                matrix[index, task.name] = score
+        self._score_others(scores, index + 1)
         self.record.metrics.append(scores)
-        self._tracker.after_task(scores, self.record.matrix)
+        self._tracker.after_task(scores, matrix)
 
     def _score_untrained(self, trainer: Any) -> None:
-        scores = evaluate(trainer, self.plan.tasks, self.plan, self.space, self._collator)
-        baseline = [score_of(task, scores[task.name]) for task in self.plan.tasks]
-        self.record.matrix.baseline = np.array(baseline, dtype=np.float64)  # None becomes NaN
+        """Enter the scores before the first task, as far as they are asked for."""
+        plan = self.plan
+        if plan.evaluate_unseen:
+            scores = self._evaluate(trainer, plan.tasks)
+            baseline = [score_of(task, scores[task.name]) for task in plan.tasks]
+            self.record.matrix.baseline = np.array(baseline, dtype=np.float64)  # None becomes NaN
+        self._score_others(self._evaluate(trainer, plan.evaluate_also), 0)
+
+    def _score_others(self, scores: dict[str, Figures], learnt: int) -> None:
+        for task in self.plan.evaluate_also:
+            score = score_of(task, scores[task.name])
+            if score is not None:
+                self.record.matrix.set_other(task.name, learnt, score)
+
+    def _evaluate(self, trainer: Any, tasks: Sequence[Task]) -> dict[str, Figures]:
+        return evaluate(trainer, tasks, self.plan, self.space, self._collator)
 
     def _trainer(self, index: int, data: TrainingData) -> Any:
         plan, task = self.plan, self.plan.tasks[index]
