@@ -20,7 +20,7 @@ from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.proofs import Proofs, proofs_of
 from hf_ewc.fisher.replicas import Replicas
 from hf_ewc.fisher.sharded.in_step import InStep, is_sharded
-from hf_ewc.fisher.untouched import preserved_random_states, untouched
+from hf_ewc.fisher.untouched import untouched
 from hf_ewc.importance import FISHER_TYPES, Fisher
 from hf_ewc.parameters import sharding
 from hf_ewc.parameters.names import canonical_name, parameters_by_name, unwrap
@@ -104,10 +104,14 @@ def estimate_fisher(
     scale = _HALF_SCALE if half else 1.0
     plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale)
     estimation = _estimation(plain, selected, plan, processes)
-    with processes.together(), preserved_random_states():
-        source = source_of(data, data_collator, wanted)
-    with processes.together(), untouched(plain, selected):
-        estimation.consume(source, _progress_bar(source.expected, processes))
+
+    def run() -> None:
+        with processes.together():
+            source = source_of(data, data_collator, wanted)
+        with processes.together():
+            estimation.consume(source, _progress_bar(source.expected, processes))
+
+    untouched(plain, selected, run)
     _warn_of_others(estimation, processes)
     return _finished(estimation, processes, plan, num_samples)
 
