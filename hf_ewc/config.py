@@ -30,7 +30,7 @@ class EWCConfig:
 
     Each field's meaning is its `help`. `ewc_target_modules` and `ewc_exclude_modules` follow PEFT:
     a list holds suffixes of module names, a string is one regular expression over whole module
-    names, and "all-linear" is every linear layer but the output embedding. On the command line and
+    names, and "all-linear" is every linear layer but the output or head. On the command line and
     in lists, a single entry with a character that no module name has (one of `*+?()[]{}|\\^$`) is
     taken as that regular expression: `--ewc_target_modules '.*layer\\.[01]\\..*'`.
     `ewc_layer_lambdas` is a dict, or on the command line the same as a JSON string:

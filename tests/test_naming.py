@@ -120,7 +120,7 @@ def test_selection_follows_peft(target, exclude, expected):
 
 @pytest.mark.parametrize("target", [["query", "dense"], r".*\.(query|output\.dense)", "all-linear"])
 def test_selection_takes_the_modules_that_peft_adapts(target):
-    adapted = get_peft_model(bert(), LoraConfig(target_modules=target))
+    adapted = get_peft_model(bert(), LoraConfig(target_modules=target, task_type="SEQ_CLS"))
     expected = {
         name.removeprefix("base_model.model.").replace(".base_layer", "")
         for name, _ in adapted.named_parameters()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from hf_ewc.parameters.adapters import plain_module, weights_by_name
+from hf_ewc.parameters.adapters import base_model, plain_module, weights_by_name
 from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name, unwrap
 
 ALL_LINEAR = "all-linear"
@@ -30,7 +30,8 @@ def select_parameters(
 
     The patterns follow PEFT: a list holds suffixes of module names ("q_proj", "layer.0.attention"),
     a string is one regular expression that a whole module name must match, and "all-linear" stands
-    for every linear map but the output embedding. A module selects all parameters inside it; a
+    for every linear map but the output layer: the output embedding, or the head of a model that has
+    none. A module selects all parameters inside it; a
     parameter's own name can be given as well ("bias", "cls_token").
 
     Args:
@@ -164,14 +165,21 @@ def compiled_regex(pattern: str) -> re.Pattern[str]:
 
 
 def _linear_modules(model: nn.Module) -> set[str]:
+    """Names of the linear maps but the output layer: the output embedding, else the whole head.
+
+    The head of a transformers model is what lies outside its `base_model`.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    inner = unwrap(model)
+    inner, whole = unwrap(model), base_model(model)
     output = _output_embedding(inner)
+    body = getattr(whole, "base_model", whole)
+    inside = set(body.modules() if output is None and isinstance(body, nn.Module) else ())
     return {
         canonical_name(name)
         for name, module in inner.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
+        if isinstance(module, (nn.Linear, Conv1D))
+        and (module in inside if inside else module is not output)
     }
 
 

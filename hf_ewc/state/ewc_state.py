@@ -20,7 +20,7 @@ from hf_ewc.parameters.adapters import AdaptedWeight, differentiable, placed_by_
 from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name
 from hf_ewc.parameters.selection import names_in
 from hf_ewc.processes import is_main_process as is_main
-from hf_ewc.state import card, fingerprint, hub, merging, packing, storage
+from hf_ewc.state import card, fingerprint, heads, hub, merging, packing, storage
 from hf_ewc.state.compatibility import advice, misfits, refuse_misfits, validate
 from hf_ewc.state.consolidation import Consolidation, Parameters, Settings
 from hf_ewc.state.packed import PackedTensor, TensorMap
@@ -439,4 +439,5 @@ class EWCState:
         recorded = self.metadata.get("fingerprint")
         if isinstance(recorded, Mapping):
             problems = fingerprint.mismatches(recorded, model)
+            problems += heads.mismatches(recorded.get("head"), model, self.importance)
             refuse_misfits("The state belongs to another model", problems)

@@ -7,32 +7,30 @@ another meaning; names and shapes alone cannot tell, the base weights can.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_ewc.parameters.names import class_name, parameters_by_name, unwrap
-from hf_ewc.parameters.sharding import is_dtensor, is_partitioned
-
-_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-SAMPLES = 256
-"""Values that are sampled of each base parameter."""
+from hf_ewc.state import heads
+from hf_ewc.state.sampling import hashes
 
 
 def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
     """The fingerprint of `model` for a state that holds the parameters `names`.
 
     Returns:
-        "model": the class, for people to read. For a model with PEFT adapters also "adapters": the
-        PEFT type by adapter name, with the factors that a LoRA is scaled by; "free": further
-        parameters that are trained and not part of the base; "base": hashes of the base in several
-        precisions, None where its values are not all in this process (FSDP2, ZeRO-3).
+        "model": the class, for people to read; "head": see `heads.of_model`. For a model with PEFT
+        adapters also "adapters": the PEFT type by adapter name, with the factors that a LoRA is
+        scaled by; "free": further parameters that are trained and not part of the base; "base":
+        hashes of the base, None where its values are not all in this process (FSDP2, ZeRO-3).
     """
     found: dict[str, Any] = {"model": class_name(model)}
+    head = heads.of_model(model, names)
+    if head is not None:
+        found["head"] = head
     adapters = _adapters(model)
     if adapters:
         parameters = parameters_by_name(model)
@@ -44,7 +42,7 @@ def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         base = set(_base(model, parameters))
         found["free"] = sorted(base & (trained | set(names)))
-        found["base"] = _hashes(_base(model, parameters, found["free"]))
+        found["base"] = hashes(_base(model, parameters, found["free"]))
     return found
 
 
@@ -61,7 +59,7 @@ def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
     ]
     if problems or recorded.get("base") is None:
         return problems
-    now = _hashes(_base(model, parameters_by_name(model), recorded.get("free") or ()))
+    now = hashes(_base(model, parameters_by_name(model), recorded.get("free") or ()))
     if now is not None and not set(now) & set(recorded["base"]):
         problems.append(
             "the weights under the adapter are not those of the consolidation: the adapter was "
@@ -106,26 +104,3 @@ def _base(
         for name, parameter in parameters.items()
         if name not in free and owned.isdisjoint(name.split("."))
     }
-
-
-def _hashes(parameters: Mapping[str, Tensor]) -> list[str] | None:
-    """SHA-256 of names, shapes and evenly spaced values in fp32, fp16 and bf16.
-
-    The same base loaded in another precision has one of them in common. None where values are
-    missing in this process.
-    """
-    if any(is_dtensor(p) or is_partitioned(p) or p.is_meta for p in parameters.values()):
-        return None
-    digests = {dtype: hashlib.sha256(str(dtype).encode()) for dtype in _PRECISIONS}
-    for name, parameter in sorted(parameters.items()):
-        sample = _sample(parameter)
-        for dtype, digest in digests.items():
-            digest.update(f"{name}{list(parameter.shape)}".encode())
-            digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
-    return [digest.hexdigest() for digest in digests.values()]
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    values = parameter.detach().reshape(-1)
-    stride = max(1, values.numel() // SAMPLES)
-    return values[::stride][:SAMPLES].cpu().contiguous()

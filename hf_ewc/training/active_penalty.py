@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.adapters import space_of
 from hf_ewc.parameters.selection import select_parameters
+from hf_ewc.state import heads
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training import deepspeed
 from hf_ewc.training.penalty import Penalty
@@ -53,9 +54,29 @@ class ActivePenalty:
             self.penalty.set_strengths(self._strengths())
 
     def begin(self, global_step: int) -> None:
-        """Say what is wrong with the penalty, if anything, as training starts."""
+        """Say what is wrong with the penalty, if anything, as training starts.
+
+        Raises:
+            ValueError: the model's head is not the one that was consolidated.
+        """
+        if global_step == 0:
+            self._refuse_another_head()
         online = self._settings.ewc_mode == "online"
         warn_about(self.penalty, at_anchor=online and global_step == 0)
+
+    def _refuse_another_head(self) -> None:
+        fingerprint = self._state.metadata.get("fingerprint") or {}
+        if not fingerprint.get("head"):
+            return
+        distances = {t.name: d for t, d in self.penalty.relative_distances() if t.is_matrix}
+        names = heads.replaced(fingerprint["head"], self._model, distances)
+        if names:
+            raise ValueError(
+                f"The head of the model ({', '.join(names)}) is not the one that was consolidated: "
+                f"it is {max(distances[name] for name in names):.2g} times its norm away from the "
+                "EWC anchor, and nothing else is. Load that head, or give it up: "
+                f"state.without(['{heads.module_of(fingerprint['head'])}'])."
+            )
 
     def add_gradients(self, loss_scale: float = 1.0, members: Container[int] | None = None) -> None:
         """Add `loss_scale` · λ F (θ − θ*) to the gradients, and the value to the log.
