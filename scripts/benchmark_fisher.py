@@ -7,15 +7,19 @@ methods take turns on the same batch: the plain forward+backward; the one-backwa
 over single examples; `torch.func.vmap(grad)`; and, where it is installed, opacus. A method's ratio
 is the median over turns of (its time) / (the plain time of that turn). "error" is the largest
 relative error of a parameter's Fisher, summed over its entries, against the loop; what raises is
-"fails". Peak memory is measured in a process of its own for each method: what is allocated at most
-over two passes, model included (on a CPU: resident memory above that before the model was made).
-The plain passes then keep their gradients, as with gradient accumulation: a Fisher that sums over
-batches takes the place of `.grad`.
+"fails". "estimate 24" and "estimate 200" are whole calls of `estimate_fisher` on that many examples
+of a model that it sees for the first time, with the proof that examples are kept apart, against as
+many plain passes. Times are CPU times, on a GPU those of the clock. Peak memory is measured in a
+process of its own for each method: what is allocated at most over two passes, model included (on a
+CPU: resident memory above that before the model was made). The plain passes then keep their
+gradients, as with gradient accumulation: a Fisher that sums over batches takes the place of
+`.grad`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import statistics
 import time
@@ -31,6 +35,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from hf_ewc import estimate_fisher
 from hf_ewc.fisher.engine.one_backward import OneBackward
 from hf_ewc.fisher.engine.one_by_one import OneByOne
 from hf_ewc.fisher.examples.batch import ExampleBatch
@@ -197,12 +202,34 @@ METHODS: dict[str, Callable[[nn.Module, Batch], Pass]] = {
 }
 
 
-def timed(run: Pass, device: str) -> float:
-    begin = time.perf_counter()
+def timed(run: Callable[[], object], device: str) -> float:
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    begin = clock()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return clock() - begin
+
+
+def measure_estimates(
+    case: str, turns: int, device: str, dtype: torch.dtype, examples: int
+) -> dict[str, Any]:
+    """A whole estimate on `examples` of a new model, against the plain passes over them."""
+    model, batch = make(case, device, dtype)
+    batches = [batch] * max(examples // len(batch["labels"]), 1)
+    passes = plain(model, batch)
+    passes()
+    ratios, seconds = [], []
+    for _ in range(turns):
+        fresh = copy.deepcopy(model)
+        base = timed(lambda: [passes() for _ in batches], device)
+        seconds.append(timed(lambda: estimated(fresh, batches), device))  # noqa: B023 (run at once)
+        ratios.append(seconds[-1] / base)
+    return {"ratio": statistics.median(ratios), "seconds": min(seconds), "peak_bytes": None}
+
+
+def estimated(model: nn.Module, batches: list[Batch]) -> None:
+    estimate_fisher(model, batches, fisher_type="empirical", fallback="error")
 
 
 def measure(case: str, turns: int, device: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -292,6 +319,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--estimates", nargs="*", type=int, default=[24, 200], metavar="EXAMPLES")
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -299,13 +327,18 @@ def main() -> None:
     warnings.simplefilter("ignore")
     dtype = getattr(torch, options.dtype)
     results: dict[str, Any] = {}
-    print(f"{'':<22}{'method':<8}{'time × plain':>13}{'memory × plain':>16}{'error':>10}")
+    print(f"{'':<22}{'method':<14}{'time × plain':>13}{'memory × plain':>16}{'error':>10}")
     for case in options.cases:
         results[case] = measure(case, options.turns, options.device, dtype)
         memory = {m: peak_memory(case, m, options.device, dtype) for m in METHODS}
         for method, figures in results[case].items():
             figures["peak_bytes"] = memory[method]
-            print(f"{case:<22}{method:<8}{_line(figures, memory)}", flush=True)
+        for count in options.estimates:
+            results[case][f"estimate {count}"] = measure_estimates(
+                case, options.turns, options.device, dtype, count
+            )
+        for method, figures in results[case].items():
+            print(f"{case:<22}{method:<14}{_line(figures, memory)}", flush=True)
     result = {"cases": results, "device": options.device, "dtype": options.dtype}
     write_json(options.out, result)
 

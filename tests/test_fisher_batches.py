@@ -368,3 +368,18 @@ def test_a_forward_that_fails_is_explained(batch_size):
     extra = [{"x": randn(8, 3, seed=n), "weight": 1.0, "labels": n % 2} for n in range(4)]
     with pytest.raises(ValueError, match=r"weight.*without further columns"):
         estimate_fisher(Strict(), extra, fallback="error", batch_size=1)
+
+
+def test_a_model_that_cannot_run_backward_in_eval_mode_is_refused():
+    torch.manual_seed(0)
+    config = t.ReformerConfig(
+        vocab_size=20, hidden_size=8, attention_head_size=4, num_attention_heads=2,
+        feed_forward_size=8, attn_layers=["local"], local_attn_chunk_length=4,
+        axial_pos_shape=[2, 4], axial_pos_embds_dim=[4, 4], max_position_embeddings=8,
+        num_labels=2, is_decoder=False,
+    )  # fmt: skip
+    model = t.ReformerForSequenceClassification(config)
+    rows = [{"input_ids": torch.arange(8).add(n) % 20, "labels": n % 2} for n in range(4)]
+    for size in (1, 4):
+        with pytest.raises(ValueError, match=r"backward fails in eval mode.*Reformer"):
+            estimate_fisher(model, rows, batch_size=size)

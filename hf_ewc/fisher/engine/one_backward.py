@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from hf_ewc.fisher.engine.backward import run_backward
 from hf_ewc.fisher.engine.checkpointing import checkpointing
 from hf_ewc.fisher.engine.interception import Interception
 from hf_ewc.fisher.engine.protocol import Objectives, UncoveredUse, Witness
@@ -66,7 +67,7 @@ class OneBackward:
     def _backward(self, objective: Tensor, *, keep: bool) -> None:
         self._ledger.start_pass()
         if objective.requires_grad:
-            objective.backward(retain_graph=keep)
+            run_backward(objective, keep=keep)
         self._ledger.finish_pass()
 
     def totals(self) -> dict[str, Tensor]:

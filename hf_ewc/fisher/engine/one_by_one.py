@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hf_ewc.fisher.engine.backward import run_backward
 from hf_ewc.fisher.engine.checkpointing import checkpointing
 from hf_ewc.fisher.engine.protocol import Objectives
 from hf_ewc.fisher.examples.batch import ExampleBatch
@@ -58,7 +59,7 @@ class OneByOne:
             wanted = list(self._parameters.values())
             torch.autograd.grad(objective, wanted, retain_graph=keep, allow_unused=True)
         else:
-            objective.backward(retain_graph=keep)
+            run_backward(objective, keep=keep)
 
     @contextlib.contextmanager
     def _squaring(self) -> Iterator[None]:
@@ -93,7 +94,7 @@ class OneByOne:
 
 
 def before_capture(use: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
-    """A hook that hands a gradient to ``use``, so that autograd has none to keep until the end."""
+    """A hook that hands a gradient to `use`, so that autograd has none to keep until the end."""
 
     def hook(gradient: Tensor) -> Tensor:
         use(gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Sketch:
             gradient = gradient.float()
         if gradient.numel() > _SHORT:
             matrix = gradient.reshape(gradient.shape[0], -1)
-            rows, columns = (_signs(size, matrix) for size in matrix.shape)
+            rows, columns = (_signs(size).to(matrix) for size in matrix.shape)
             gradient = torch.cat([rows @ matrix, matrix @ columns]) * 0.5**0.5
         sums = gradient.reshape(-1).clone()
         self._sums[name] = sums if name not in self._sums else self._sums[name].add_(sums)
@@ -70,9 +71,10 @@ class Sketch:
         return _sum((own - others).square())
 
 
-def _signs(size: int, like: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _signs(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(size)
-    return (2.0 * torch.randint(0, 2, (size,), generator=generator) - 1.0).to(like)
+    return 2.0 * torch.randint(0, 2, (size,), generator=generator) - 1.0
 
 
 class _Alone(OneByOne):

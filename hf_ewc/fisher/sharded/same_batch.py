@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_ewc.fisher.engine.backward import run_backward
 from hf_ewc.fisher.engine.checkpointing import checkpointing
 from hf_ewc.fisher.engine.one_by_one import before_capture, with_last
 from hf_ewc.fisher.engine.protocol import Objectives
@@ -71,7 +72,7 @@ class SameBatchEverywhere:
         if self._zero3:
             torch.autograd.grad(objective, self._zero3, retain_graph=keep, allow_unused=True)
             return
-        objective.backward(retain_graph=keep)
+        run_backward(objective, keep=keep)
         for name, parameter in self._parameters.items():
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:

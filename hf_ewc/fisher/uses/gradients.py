@@ -105,7 +105,7 @@ class Linear(PerExampleGradient):
 
     def add_to(self, gradient: Tensor, example: int) -> None:
         g, x = self.gradients[example], self.inputs[example]
-        gradient.add_(g.T @ x)
+        _add_product(gradient, g, x)
 
     def add_squares_to(self, total: Tensor, num_examples: int) -> None:
         if _lies_transposed(total):
@@ -150,7 +150,7 @@ class RaggedLinear(PerExampleGradient):
 
     def add_to(self, gradient: Tensor, example: int) -> None:
         g, x = self._pairs[example]
-        gradient.add_(g.T @ x)
+        _add_product(gradient, g, x)
 
     def add_squares_to(self, total: Tensor, num_examples: int) -> None:
         self.as_products().add_squares_to(total, num_examples)
@@ -240,3 +240,11 @@ def _joined_pairs(uses: tuple[Linear | RaggedLinear, ...]) -> list[Pair]:
 
 def _lies_transposed(matrix: Tensor) -> bool:
     return matrix.stride(0) == 1 and matrix.stride(1) != 1
+
+
+def _add_product(gradient: Tensor, g: Tensor, x: Tensor) -> None:
+    """gradient += gᵀ x, with nothing in between where the types are one."""
+    if gradient.dtype == g.dtype == x.dtype:
+        gradient.addmm_(g.T, x)
+    else:
+        gradient.add_(g.T @ x)
