@@ -186,8 +186,10 @@ def test_threads_that_estimate_on_one_model_wait_for_each_other():
     before, results = state_of(model), [None] * 4
 
     def estimate(n):
-        which = other if n == 3 else model
-        results[n] = estimate_fisher(which, rows, batch_size=3, fisher_type="exact")
+        which, some = (other if n == 3 else model), (["classifier.weight"] if n == 0 else None)
+        results[n] = estimate_fisher(
+            which, rows, batch_size=3, fisher_type="exact", parameters=some
+        )
 
     threads = [threading.Thread(target=estimate, args=(n,), daemon=True) for n in range(4)]
     for thread in threads:
@@ -196,7 +198,9 @@ def test_threads_that_estimate_on_one_model_wait_for_each_other():
         thread.join(60)
     assert state_of(model) == before
     for fisher in results:
-        oracle.assert_close(fisher.diagonal, {k: v.double() for k, v in expected.diagonal.items()})
+        wanted = {name: expected.diagonal[name].double() for name in fisher.diagonal}
+        oracle.assert_close(fisher.diagonal, wanted)
+    assert [len(fisher.diagonal) for fisher in results] == [1, *[len(expected.diagonal)] * 3]
 
 
 def test_an_estimate_within_one_on_the_same_model_is_refused():

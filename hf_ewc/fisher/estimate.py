@@ -20,7 +20,7 @@ from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.proofs import Proofs, proofs_of
 from hf_ewc.fisher.replicas import Replicas
 from hf_ewc.fisher.sharded.in_step import InStep, is_sharded
-from hf_ewc.fisher.untouched import untouched
+from hf_ewc.fisher.untouched import in_turn, untouched
 from hf_ewc.importance import FISHER_TYPES, Fisher
 from hf_ewc.parameters import sharding
 from hf_ewc.parameters.names import canonical_name, parameters_by_name, unwrap
@@ -63,8 +63,11 @@ def estimate_fisher(
     - "auto": exact where it takes at most 9 passes, sampled otherwise.
 
     All examples of a batch take one backward, by interception of the forward's operations. That
-    every use of every parameter was accounted for is checked on each batch, and that examples
-    were kept apart on the first; where either fails, examples are run one by one.
+    every use of every parameter was accounted for is checked on each batch; that examples were
+    kept apart on one example of the first batch of each structure (number of examples, dtypes,
+    lengths of lists, …), once for a model. Where either fails, examples are run one by one, and so
+    are batches that are not a row for each example (images joined, some with two and some with
+    none): what an example has when it is collated alone says which are.
 
     Args:
         model: any module; wrappers (DDP, compiled) are looked through.
@@ -96,24 +99,29 @@ def estimate_fisher(
     """
     _check_arguments(fisher_type, num_samples, batch_size, fallback, num_draws, log_likelihood)
     plain = unwrap(model)
-    sharding.reshard(plain)
-    selected = _select(plain, parameters)
-    processes = Processes.of(accelerator, next(iter(selected.values())).device)
-    wanted = Selection(num_samples, batch_size, stratified, seed, processes.rank, processes.size)
-    half = any(p.dtype == torch.float16 for p in selected.values())
-    scale = _HALF_SCALE if half else 1.0
-    plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale)
-    estimation = _estimation(plain, selected, plan, processes)
 
-    def run() -> None:
-        with processes.together():
-            source = source_of(data, data_collator, wanted)
-        with processes.together():
-            estimation.consume(source, _progress_bar(source.expected, processes))
+    def estimate() -> Fisher:
+        sharding.reshard(plain)
+        selected = _select(plain, parameters)
+        processes = Processes.of(accelerator, next(iter(selected.values())).device)
+        rank, size = processes.rank, processes.size
+        wanted = Selection(num_samples, batch_size, stratified, seed, rank, size)
+        half = any(p.dtype == torch.float16 for p in selected.values())
+        scale = _HALF_SCALE if half else 1.0
+        plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale)
+        estimation = _estimation(plain, selected, plan, processes)
 
-    untouched(plain, selected, run)
-    _warn_of_others(estimation, processes)
-    return _finished(estimation, processes, plan, num_samples)
+        def run() -> None:
+            with processes.together():
+                source = source_of(data, data_collator, wanted)
+            with processes.together():
+                estimation.consume(source, _progress_bar(source.expected, processes))
+
+        untouched(plain, selected, run)
+        _warn_of_others(estimation, processes)
+        return _finished(estimation, processes, plan, num_samples)
+
+    return in_turn(plain, estimate)
 
 
 def _estimation(

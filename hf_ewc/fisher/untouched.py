@@ -24,16 +24,8 @@ _under_estimate: set[int] = set()
 _LOOK_AGAIN_AFTER = 0.01  # seconds
 
 
-def untouched(
-    model: nn.Module, selected: Mapping[str, nn.Parameter], action: Callable[[], Result]
-) -> Result:
-    """action() in eval mode, with a gradient for the `selected` parameters alone; all put back.
-
-    Kept: parameters, `.grad` (set aside, not written to), `requires_grad`, the mode and other
-    attributes of each module, buffers, configurations, hooks, and the random states of Python,
-    NumPy and torch. A Ctrl-C at any moment leaves nothing changed: until the snapshot is there
-    nothing is, and what puts it back is not interrupted by signals, and else begun again.
-    Another thread that estimates waits.
+def in_turn(model: nn.Module, action: Callable[[], Result]) -> Result:
+    """action(), an estimate on `model`, after those of other threads.
 
     Raises:
         RuntimeError: this thread is estimating on the model already.
@@ -47,26 +39,11 @@ def untouched(
     try:
         try:
             _wait_for_turn()
-            return _put_back_after(model, selected, action)
+            return action()
         finally:
             _end_turn(nested)
     finally:
         _end_turn(nested)
-
-
-def _put_back_after(
-    model: nn.Module, selected: Mapping[str, nn.Parameter], action: Callable[[], Result]
-) -> Result:
-    snapshot = Snapshot(model)
-    try:
-        try:
-            snapshot.set_up(selected)
-            with torch.inference_mode(False), torch.enable_grad():
-                return action()
-        finally:
-            snapshot.put_back()
-    finally:
-        snapshot.put_back()
 
 
 def _wait_for_turn() -> None:
@@ -77,6 +54,28 @@ def _wait_for_turn() -> None:
 def _end_turn(nested: bool) -> None:
     if not nested and _turn.get("thread") == threading.get_ident():
         del _turn["thread"]
+
+
+def untouched(
+    model: nn.Module, selected: Mapping[str, nn.Parameter], action: Callable[[], Result]
+) -> Result:
+    """action() in eval mode, with a gradient for the `selected` parameters alone; all put back.
+
+    Kept: parameters, `.grad` (set aside, not written to), `requires_grad`, the mode and other
+    attributes of each module, buffers, configurations, hooks, and the random states of Python,
+    NumPy and torch. A Ctrl-C at any moment leaves nothing changed: until the snapshot is there
+    nothing is, and what puts it back is not interrupted by signals, and else begun again.
+    """
+    snapshot = Snapshot(model)
+    try:
+        try:
+            snapshot.set_up(selected)
+            with torch.inference_mode(False), torch.enable_grad():
+                return action()
+        finally:
+            snapshot.put_back()
+    finally:
+        snapshot.put_back()
 
 
 class Snapshot:
