@@ -1,6 +1,7 @@
 """What EWC costs in one training step, against the plain Trainer and against per-task autograd.
 
     python scripts/benchmark_step.py --out benchmarks/step.json
+    python scripts/benchmark_step.py --small
 
 Protocol: a BERT of 22.7 million parameters (6 layers, 384 wide), batches of 32 × 64 random tokens,
 fp32, AdamW as the Trainer takes it by default. Three trainers take turns, a few steps each, in one
@@ -10,6 +11,9 @@ timed from the Trainer's on_step_begin to its on_step_end; on a CPU in seconds o
 other programs on the machine disturb less (with one thread it is the wall time of an idle machine).
 The first turn of each is left out; the
 ratio is the median over turns of (median step of one) / (median step of the plain Trainer).
+
+With --small an MLP of 0.5 million parameters (784-400-400-10) on batches of 128, where the penalty
+weighs most: EWCTrainer with a state of one task against EWCTrainer without a state.
 """
 
 from __future__ import annotations
@@ -48,6 +52,33 @@ class RandomTokens(Dataset[dict[str, Tensor]]):
         generator = torch.Generator().manual_seed(i)
         tokens = torch.randint(1000, VOCABULARY, (LENGTH,), generator=generator)
         return {"input_ids": tokens, "labels": torch.tensor(i % 2)}
+
+
+class MLP(nn.Module):
+    """784-400-400-10, as for flattened digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner = (nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU())
+        self.layers = nn.Sequential(*inner, nn.Linear(400, 10))
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class RandomPixels(Dataset[dict[str, Tensor]]):
+    """Random images of one of ten classes."""
+
+    def __init__(self) -> None:
+        self.pixels = torch.randn(1280, 784, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixels[i], "labels": torch.tensor(i % 10)}
 
 
 class StepTimer(TrainerCallback):
@@ -95,13 +126,15 @@ def random_tasks(
         )
 
 
-def make_trainer(method: str, folder: str, steps: int, number: int) -> tuple[Trainer, StepTimer]:
-    timer, model = StepTimer(), make_model()
+def make_trainer(
+    method: str, folder: str, steps: int, number: int, small: bool
+) -> tuple[Trainer, StepTimer]:
+    timer, model = StepTimer(), MLP() if small else make_model()
     options: dict[str, Any] = {
         "model": model,
         "args": TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=128 if small else BATCH,
             max_steps=steps,
             logging_steps=1000,
             save_strategy="no",
@@ -110,11 +143,13 @@ def make_trainer(method: str, folder: str, steps: int, number: int) -> tuple[Tra
             dataloader_pin_memory=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),
         ),
-        "train_dataset": RandomTokens(),
+        "train_dataset": RandomPixels() if small else RandomTokens(),
         "callbacks": [timer],
     }
     if method == "plain":
         return Trainer(**options), timer
+    if method == "no state":
+        return EWCTrainer(**options, ewc_config=EWCConfig(ewc_lambda=10.0)), timer
     if method == "EWC":
         state = EWCState()
         for fisher, anchor in random_tasks(model, number):
@@ -130,11 +165,11 @@ def make_trainer(method: str, folder: str, steps: int, number: int) -> tuple[Tra
     return trainer, timer
 
 
-def measure(turns: int, steps: int, number: int) -> dict[str, list[float]]:
+def measure(turns: int, steps: int, number: int, small: bool) -> dict[str, list[float]]:
     """Median seconds of a step by method and turn."""
     with tempfile.TemporaryDirectory() as folder:
-        methods = ("plain", "EWC", "autograd")
-        trainers = {method: make_trainer(method, folder, steps, number) for method in methods}
+        methods = ("no state", "EWC") if small else ("plain", "EWC", "autograd")
+        trainers = {m: make_trainer(m, folder, steps, number, small) for m in methods}
         medians: dict[str, list[float]] = {method: [] for method in methods}
         for turn in range(turns + 1):
             for method, (trainer, timer) in trainers.items():
@@ -148,23 +183,27 @@ def measure(turns: int, steps: int, number: int) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=7, help="turns of each trainer that count")
-    parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
-    parser.add_argument("--tasks", type=int, default=10, help="consolidated tasks")
+    parser.add_argument("--steps", type=int, help="steps in a turn; 5, with --small 60")
+    parser.add_argument("--tasks", type=int, help="consolidated tasks; 10, with --small 1")
+    parser.add_argument("--small", action="store_true", help="an MLP in place of BERT")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    medians = measure(options.turns, options.steps, options.tasks)
+    steps, tasks = options.steps or (60 if options.small else 5), options.tasks
+    tasks = tasks or (1 if options.small else 10)
+    medians = measure(options.turns, steps, tasks, options.small)
+    base = next(iter(medians))
     ratios = {
         method: statistics.median(
-            one / plain for one, plain in zip(seconds, medians["plain"], strict=True)
+            one / two for one, two in zip(seconds, medians[base], strict=True)
         )
         for method, seconds in medians.items()
     }
-    print(f"{'method':<10} {'seconds':>8} {'× plain':>8}   ({options.tasks} tasks)")
+    print(f"{'method':<10} {'seconds':>8} {'× ' + base:>10}   ({tasks} tasks)")
     for method, ratio in ratios.items():
-        print(f"{method:<10} {statistics.median(medians[method]):8.3f} {ratio:8.3f}")
-    write_json(options.out, {"ratios": ratios, "seconds": medians, "tasks": options.tasks})
+        print(f"{method:<10} {statistics.median(medians[method]):8.4f} {ratio:10.3f}")
+    write_json(options.out, {"ratios": ratios, "seconds": medians, "tasks": tasks})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.training import fused
+from hf_ewc.training import fused, small
 from hf_ewc.training.fused import Piece, value_and_gradient
 from hf_ewc.training.penalty import Penalty
 from tests.models import random_quadratic
@@ -47,9 +47,13 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     assert error <= tolerance * expected.double().norm()
 
 
+@pytest.mark.parametrize("largest", [small.LARGEST, 50, -1])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_value_and_gradient_are_those_of_the_formula(dtype: torch.dtype, offload: bool) -> None:
+def test_value_and_gradient_are_those_of_the_formula(
+    dtype: torch.dtype, offload: bool, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "LARGEST", largest)
     model = Net(dtype)
     importance, anchor = random_quadratic(model)
     value, gradients = oracle(model, importance, anchor, 2.5)
@@ -124,6 +128,7 @@ def test_a_packed_state_acts_as_the_dense_tensors_it_reads_as(
 
 def use_device_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the foreach kernels of accelerators on the CPU too, in small groups."""
+    monkeypatch.setattr(small, "LARGEST", -1)
     monkeypatch.setattr(fused, "_on_host", lambda device: False)
     monkeypatch.setattr(fused, "DEVICE_BLOCK", 50_000)
 
@@ -249,6 +254,36 @@ def test_what_is_frozen_is_looked_at_each_time() -> None:
     penalty.add_gradients()
     assert model.bias.grad is None
     close(model.matrix.grad, gradients["matrix"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_that_move_in_memory_are_followed(layout: torch.memory_format) -> None:
+    model = Net()
+    importance, anchor = random_quadratic(model)
+    penalty = penalty_of(EWCState(importance, anchor), model)
+    for parameter in model.parameters():
+        moved = parameter.detach() * 2
+        parameter.data = moved.to(memory_format=layout) if moved.dim() == 4 else moved
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+                parameter.grad = None
+        value, gradients = oracle(model, importance, anchor, 2.5)
+        assert penalty.add_gradients().sum().item() == pytest.approx(value, rel=1e-5)
+        for name, parameter in model.named_parameters():
+            close(parameter.grad, gradients[name])
+
+
+def test_the_gradients_of_some_terms_alone() -> None:
+    model = Net()
+    importance, anchor = random_quadratic(model)
+    penalty = penalty_of(EWCState(importance, anchor), model)
+    value, gradients = oracle(model, importance, anchor, 2.5)
+    at = [term.name for term in penalty.terms].index("matrix")
+    assert penalty.add_gradients(members={at}).sum().item() == pytest.approx(value, rel=1e-5)
+    close(model.matrix.grad, gradients["matrix"])
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "matrix")
 
 
 def test_a_sparse_gradient_is_added_to() -> None:

@@ -71,7 +71,8 @@ def value_and_gradient(pieces: Sequence[Piece], loss_scale: float = 1.0) -> Tens
         return torch.zeros(0)
     device = pieces[0].theta.device
     if _on_host(device):
-        values = [_in_cache(piece, loss_scale) for piece in pieces]
+        scratch = _scratch(pieces)
+        values = [_in_cache(piece, loss_scale, scratch) for piece in pieces]
         return torch.tensor(values, dtype=torch.float64)
     sums: list[list[Tensor]] = [[] for _ in pieces]
     for members in _groups(pieces):
@@ -85,22 +86,36 @@ def _on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _in_cache(piece: Piece, loss_scale: float) -> float:
+def _scratch(pieces: Sequence[Piece]) -> Tensor:
+    """Room for two blocks of the widest dtype, shared by all pieces of it."""
+    size = min(CACHE_BLOCK, max(piece.importance.numel() for piece in pieces))
+    wide = any(piece.theta.dtype == torch.float64 for piece in pieces)
+    return torch.empty(2, max(size, 1), dtype=torch.float64 if wide else torch.float32)
+
+
+def _in_cache(piece: Piece, loss_scale: float, scratch: Tensor) -> float:
     """One piece on a CPU, block by block through two scratch blocks."""
     dtype = torch.promote_types(piece.theta.dtype, torch.float32)
-    scratch = torch.empty(2, min(CACHE_BLOCK, max(piece.importance.numel(), 1)), dtype=dtype)
+    rows = scratch if scratch.dtype == dtype else torch.empty_like(scratch, dtype=dtype)
     factor = loss_scale * piece.strength * piece.scale
-    total = 0.0
-    for block in _blocks(piece, CACHE_BLOCK):
-        size = block.importance.numel()
-        theta = block.theta if block.index is None else block.theta[block.index]
-        if theta.dtype != dtype:  # two half-precision operands would be subtracted in theirs
-            theta = scratch[0, :size].copy_(theta)
-        delta = torch.sub(theta, block.anchor, out=scratch[0, :size])
-        pull = torch.mul(delta, block.wide_importance, out=scratch[1, :size])
-        total += torch.dot(delta, pull).item()
-        _add(block, pull, factor)
+    if piece.importance.numel() <= rows.shape[1]:
+        return 0.5 * piece.strength * piece.scale * _one_block(piece, rows, factor)
+    blocks = _blocks(piece, rows.shape[1])
+    total = sum(_one_block(block, rows, factor) for block in blocks)
     return 0.5 * piece.strength * piece.scale * total
+
+
+def _one_block(block: Piece, scratch: Tensor, factor: float) -> float:
+    """Σ F (θ − c)² of a block, in units of its scale; adds `factor` times its gradient."""
+    first, second = scratch[:, : block.importance.numel()].unbind()
+    theta = block.theta if block.index is None else block.theta[block.index]
+    if theta.dtype != scratch.dtype:  # two half-precision operands would be subtracted in theirs
+        theta = first.copy_(theta)
+    delta = torch.sub(theta, block.anchor, out=first)
+    pull = torch.mul(delta, block.wide_importance, out=second)
+    value = torch.dot(delta, pull).item()
+    _add(block, pull, factor)
+    return value
 
 
 def _foreach(blocks: Sequence[Piece], loss_scale: float) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from hf_ewc.training import adapted_term
 from hf_ewc.training.adapted_term import AdaptedTerm
 from hf_ewc.training.fused import Piece, value_and_gradient
 from hf_ewc.training.gradients import gradient_of
+from hf_ewc.training.small import SmallTensor, is_small
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Penalty:
         self.terms = [replace(term, strength=strengths[term.name]) for term in self.terms]
         self._counted = [i for i, term in enumerate(self.terms) if term.strength > 0]
         self._groups = _alike(self.terms, self._counted)
+        self._small = _small_tensors(self.terms)
         self.constant = math.fsum(strengths[name] * value for name, value in self._offsets.items())
 
     @property
@@ -156,12 +158,13 @@ class Penalty:
         """Values of all terms, [len(terms)]; with `loss_scale` gradients are added too."""
         parts = []
         for group in self._groups:
-            terms = [
-                (self.terms[i], loss_scale if members is None or i in members else None)
-                for i in group
-            ]
-            values = _value_and_gradient(terms)
-            parts.append(sharding.summed_over_parts(values, terms[0][0].parameter))
+            wanted = [(i, loss_scale if members is None or i in members else None) for i in group]
+            if self._small.keys() >= set(group):
+                found = [self._small[i].value_and_gradient(scale) for i, scale in wanted]
+                values = torch.tensor(found, dtype=torch.float64)
+            else:
+                values = _value_and_gradient([(self.terms[i], scale) for i, scale in wanted])
+            parts.append(sharding.summed_over_parts(values, self.terms[group[0]].parameter))
         values = _in_order(parts, self._groups)
         if len(self._counted) == len(self.terms):
             return values
@@ -202,6 +205,23 @@ def _alike(terms: Sequence[AnyTerm], numbers: Iterable[int]) -> list[list[int]]:
     for i in numbers:
         by_layout.setdefault(sharding.layout(terms[i].parameter), []).append(i)
     return list(by_layout.values())
+
+
+def _small_tensors(terms: Sequence[AnyTerm]) -> dict[int, SmallTensor]:
+    """Those of the terms that are small, by their number; they share one scratch memory."""
+    small = {
+        i: term
+        for i, term in enumerate(terms)
+        if isinstance(term, Term)
+        and term.index is None
+        and is_small(term.parameter, term.importance, term.anchor)
+    }
+    size = max((term.importance.numel() for term in small.values()), default=0)
+    scratch = torch.empty(2, size)
+    return {
+        i: SmallTensor(t.parameter, t.importance, t.anchor, t.strength * t.scale, scratch)
+        for i, t in small.items()
+    }
 
 
 def _in_order(parts: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
