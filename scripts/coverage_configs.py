@@ -142,6 +142,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1},
     "mimo_v2_flash": {"rope_parameters": _BY_LAYER},
     "mistral4": {"rope_parameters": _SCALED},
+    "mobilebert": {"embedding_size": 8},
     "mobilenet_v1": {"depth_multiplier": 0.25},
     "mobilevitv2": {"width_multiplier": 0.125, "image_size": 64},
     "moonshine": {

@@ -381,3 +381,31 @@ def test_classes_on_the_second_axis(length):
         model, batch, lambda z, y: [(1.0, z.log_softmax(0).gather(0, y[None]).sum())]
     )  # fmt: skip
     assert_close(fisher(model, batch, "empirical").diagonal, expected)
+
+
+def test_where_every_label_is_missing_no_example_counts():
+    batch = {"x": features(3), "labels": torch.full((3,), math.nan)}
+    for model in (Own(1), Own(1, bce), Own(1, F.mse_loss)):
+        with pytest.raises(ValueError, match="No usable examples"):
+            estimate_fisher(model, [batch])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_outputs_that_begin_with_those_of_an_image(shift):
+    """They have no labels; which is which is known by the loss alone."""
+
+    def loss(logits, labels):
+        logits = logits[:, 2 - shift : logits.shape[1] - shift]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    model = Own(3, loss)
+    labels = torch.tensor([[0, 1, 2, 2], [1, -100, 0, -100], [2, 2, -100, 1]])
+    batch = {"x": features(3, 6), "labels": labels}
+
+    def terms(logits, y):
+        log_p = logits.log_softmax(-1)[2 - shift : len(logits) - shift]
+        yield 1.0, sum(row[c] for row, c in zip(log_p, y, strict=True) if c >= 0)
+
+    assert_close(fisher(model, batch, "empirical").diagonal, loop(model, batch, terms))
+    with pytest.raises(ValueError, match="no head that is known"):
+        estimate_fisher(Own(3), [batch])

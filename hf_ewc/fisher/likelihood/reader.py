@@ -68,7 +68,7 @@ class LabelReader:
         """
         refuse_further_labels(batch)
         outputs = self._run(batch)
-        batch = self._after_prompt(batch, outputs)
+        batch = self._after_prompt(batch, outputs, known=self._reading is not None)
         reading = self._reading
         if reading is None:
             said = self._problem_type
@@ -117,16 +117,25 @@ class LabelReader:
         self._reading = reading
 
     def _after_prompts(self, observed: Sequence[Observation]) -> list[Observation]:
-        return [replace(o, batch=self._after_prompt(o.batch, o.outputs)) for o in observed]
+        return [
+            replace(o, batch=self._after_prompt(o.batch, o.outputs, known=True)) for o in observed
+        ]
 
-    def _after_prompt(self, batch: Batch, outputs: Outputs) -> Batch:
-        """With labels for the virtual tokens that an adapter puts before a text: none."""
+    def _after_prompt(self, batch: Batch, outputs: Outputs, *, known: bool) -> Batch:
+        """With labels for what stands before a text: none.
+
+        An adapter's virtual tokens do, and in some models an image; of these it is not `known` but
+        by the loss.
+        """
         config = getattr(self._model, "active_peft_config", None)
         virtual = getattr(config, "num_virtual_tokens", 0)
         name, logits = label_name(batch), outputs.logits
-        if not virtual or name is None or logits is None or logits.dim() != 3:
+        if name is None or logits is None or logits.dim() != 3:
             return batch
         labels = batch[name]
-        if labels.dim() != 2 or logits.shape[1] - labels.shape[1] != virtual:
+        if labels.dim() != 2 or labels.is_floating_point():
             return batch
-        return {**batch, name: torch.nn.functional.pad(labels, (virtual, 0), value=IGNORED)}
+        before = logits.shape[1] - labels.shape[1]
+        if before <= 0 or (before != virtual and not known):
+            return batch
+        return {**batch, name: torch.nn.functional.pad(labels, (before, 0), value=IGNORED)}
