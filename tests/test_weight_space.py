@@ -246,3 +246,21 @@ def test_patterns_name_the_weights(tmp_path):
     state = trainer.consolidate()
     assert list(state.importance) == ["model.layers.0.self_attn.q_proj.weight"]
     trainer.train()
+
+
+def test_an_anchor_of_zeros_is_not_said_to_be_far(tmp_path, caplog):
+    trainer = trainer_of(lora(MODELS["llama"]()), tmp_path, ewc_space="adapter")
+    state = trainer.consolidate()
+    importance = {name: torch.ones_like(value) for name, value in state.anchor.items()}
+    trainer.train()  # which moves B away from 0
+    caplog.clear()
+    again = trainer_of(
+        trainer.model,
+        tmp_path / "again",
+        EWCState(importance, dict(state.anchor)),
+        ewc_space="adapter",
+        ewc_mode="separate",
+    )
+    again.train()
+    assert again.ewc_penalty() > 0
+    assert "far" not in caplog.text

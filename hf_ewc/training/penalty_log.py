@@ -142,7 +142,10 @@ def warn_about(penalty: Penalty, at_anchor: bool) -> None:
         return
     distances = penalty.relative_distances()
     far = [
-        term.name for term, distance in distances if distance > FAR_FROM_ANCHOR and term.is_matrix
+        term.name
+        for term, distance in distances
+        # An anchor of zeros, as of a fresh adapter's B, has no norm to compare with.
+        if FAR_FROM_ANCHOR < distance < math.inf and term.is_matrix
     ]
     if far:
         logger.warning(
