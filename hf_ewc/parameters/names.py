@@ -77,3 +77,15 @@ def parameters_by_name(model: nn.Module, trainable_only: bool = False) -> dict[s
         for name, parameter in unwrap(model).named_parameters()
         if parameter.requires_grad or not trainable_only
     }
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter, and the one that `parameters_by_name` has for it.
+
+    They differ for tied parameters, which have several.
+    """
+    named = list(unwrap(model).named_parameters(remove_duplicate=False))
+    firsts: dict[int, str] = {}
+    for name, parameter in named:
+        firsts.setdefault(id(parameter), canonical_name(name))
+    return {canonical_name(name): firsts[id(parameter)] for name, parameter in named}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 
 CARD_TAG = "ewc"
@@ -29,6 +30,21 @@ def card_section(tasks: Sequence[Mapping[str, Any]], facts: Mapping[str, object]
             cells = [str(task[column]).replace("|", "\\|") for column in columns]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def section_of(
+    shapes: Mapping[str, torch.Size],
+    nbytes: int,
+    tasks: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, object],
+) -> str:
+    """The section on a state of parameters of these shapes that takes so many bytes."""
+    size = sum(shape.numel() for shape in shapes.values())
+    facts = {
+        "Protected": f"{size:,} parameters in {len(shapes)} tensors",
+        "Size": f"{nbytes / 2**20:.1f} MiB",
+    }
+    return card_section(tasks, {**facts, **settings})
 
 
 def with_section(card: str | None, section: str) -> str:

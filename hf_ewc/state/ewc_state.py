@@ -7,25 +7,24 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.adapters import AdaptedWeight, differentiable, placed_by_name, weights_named
-from hf_ewc.parameters.names import canonical_name, class_name, parameters_by_name
+from hf_ewc.parameters.adapters import differentiable, weights_named
+from hf_ewc.parameters.names import canonical_name
 from hf_ewc.parameters.selection import names_in
 from hf_ewc.processes import is_main_process as is_main
-from hf_ewc.state import card, fingerprint, heads, hub, merging, packing, storage
-from hf_ewc.state.compatibility import advice, misfits, refuse_misfits, validate
+from hf_ewc.state import card, fingerprint, fit, growing, hub, merging, packing, renaming, storage
+from hf_ewc.state.compatibility import validate
 from hf_ewc.state.consolidation import Consolidation, Parameters, Settings
 from hf_ewc.state.packed import PackedTensor, TensorMap
-from hf_ewc.state.quadratic import half_square
-from hf_ewc.state.records import ReadOnly, TaskRecord, as_json
+from hf_ewc.state.quadratic import half_square, sum_of
+from hf_ewc.state.records import ReadOnly, TaskRecord, as_json, check_records
 
 __all__ = ["EWCState", "TaskRecord"]
 
@@ -72,9 +71,7 @@ class EWCState:
         centers = TensorMap.of("anchor", anchor or {}, None)
         constants = {canonical_name(key): float(value) for key, value in (offsets or {}).items()}
         validate(strengths, centers, constants)
-        for task in tasks:
-            if not isinstance(task, TaskRecord):
-                raise TypeError(f"tasks hold a {type(task).__name__}; needed are TaskRecords.")
+        check_records(tasks)
         self.__dict__.update(
             importance=strengths,
             anchor=centers,
@@ -173,14 +170,8 @@ class EWCState:
         work = Consolidation(
             self.importance, self.anchor, self.offsets, fisher, parameters, settings
         )
-        record = TaskRecord(
-            name=f"task_{self.num_tasks + 1}" if name is None else name,
-            num_examples=fisher.num_examples,
-            fisher_type=fisher.fisher_type,
-            labels_per_example=float(fisher.labels_per_example),
-            weight=float(settings.weight),
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+        name = f"task_{self.num_tasks + 1}" if name is None else name
+        record = TaskRecord.now(name, fisher, settings.weight)
         tasks, metadata = (*self.tasks, record), {**self.metadata, "unit": "label"}
         if isinstance(parameters, nn.Module):
             self._check_fingerprint(parameters)
@@ -202,11 +193,7 @@ class EWCState:
             half_square(*self.packed(name), differentiable(parameters[name]))
             for name in self.importance
         ]
-        if not terms:
-            device = next((p.device for p in model.parameters()), torch.device("cpu"))
-            return torch.zeros((), device=device, requires_grad=True)
-        device = terms[0].device
-        return torch.stack([term.to(device) for term in terms]).sum() + self.offset
+        return sum_of(terms, next(model.parameters(), torch.zeros(())).device) + self.offset
 
     def merge(self, model: nn.Module) -> nn.Module:
         """The weights of all tasks in one model: the average that the Fishers weigh.
@@ -232,15 +219,7 @@ class EWCState:
         """
         self._check_names(model, values_needed=True)
         self._check_fingerprint(model)
-        parameters = weights_named(self.importance, model)
-        adapted = [n for n in self.importance if isinstance(parameters[n], AdaptedWeight)]
-        if adapted:
-            raise ValueError(
-                f"merge: {adapted[0]} is made of a base weight and adapters here, which no single "
-                "tensor sets. Merge into the model without adapters (merge_and_unload)."
-            )
-        for name in self.importance:
-            merging.merge_into(cast(nn.Parameter, parameters[name]), *self.packed(name))
+        merging.merge_into(model, self.importance, self.anchor)
         return model
 
     def check(self, model: nn.Module) -> None:
@@ -282,27 +261,27 @@ class EWCState:
 
         Args:
             model: the model that has the grown parameters.
-            names: which ones to admit; only these are changed.
+            names: which ones to admit, of tied ones under any of their names; only these change.
 
         Raises:
             ValueError: a name is not in the state or the model, or more than its rows changed.
         """
-        parameters = parameters_by_name(model)
-        importance, anchor = self._packed_maps()
-        for name in map(canonical_name, names):
-            if name not in importance or name not in parameters:
-                where = "the state" if name not in importance else class_name(model)
-                raise ValueError(f"grow_rows: {name!r} is not a parameter of {where}.")
-            theta = sharding.whole(parameters[name].detach())
-            old, new = importance[name].shape, theta.shape
-            if len(old) != len(new) or not old or old[1:] != new[1:] or old[0] > new[0]:
-                raise ValueError(
-                    f"grow_rows: {name!r} is {list(old)} in the state, {list(new)} in the model; "
-                    "only the number of rows may have grown."
-                )
-            importance[name] = packing.with_rows(importance[name], torch.zeros_like(theta))
-            anchor[name] = packing.with_rows(anchor[name], theta)
-        return replace(self, importance=TensorMap(importance), anchor=TensorMap(anchor))
+        importance, anchor = growing.with_new_rows(self.importance, self.anchor, model, names)
+        return replace(self, importance=importance, anchor=anchor)
+
+    def rename_adapter(self, old: str, new: str) -> EWCState:
+        """The state of a PEFT adapter that is called `new` now, where it was called `old`.
+
+        Raises:
+            ValueError: no parameter of the state is of the adapter `old`.
+        """
+        names = {name: renaming.of_adapter(name, old, new) for name in self.importance}
+        if all(name == renamed for name, renamed in names.items()):
+            raise ValueError(f"rename_adapter: the state has no parameter of an adapter {old!r}.")
+        metadata = dict(self.metadata)
+        if isinstance(metadata.get("fingerprint"), Mapping):
+            metadata["fingerprint"] = renaming.of_fingerprint(metadata["fingerprint"], old, new)
+        return replace(self._under(names), metadata=metadata)
 
     def without(self, modules: Sequence[str] | str) -> EWCState:
         """The state without the parameters in these modules, such as a head that is replaced.
@@ -314,12 +293,7 @@ class EWCState:
             ValueError: an entry matches no parameter of the state.
         """
         dropped = names_in(modules, list(self.importance), "without", "the state")
-        importance, anchor = (
-            TensorMap({name: packed for name, packed in held.items() if name not in dropped})
-            for held in self._packed_maps()
-        )
-        offsets = {name: value for name, value in self.offsets.items() if name not in dropped}
-        return replace(self, importance=importance, anchor=anchor, offsets=offsets)
+        return self._under({name: name for name in self.importance if name not in dropped})
 
     def to(self, device: torch.device | str) -> EWCState:
         """The same state with its tensors on `device`."""
@@ -340,7 +314,10 @@ class EWCState:
         """
         if is_main_process is None:
             is_main_process = is_main()
-        storage.save(self._content, Path(folder), is_main_process)
+        content = storage.Content(
+            self.importance, self.anchor, self.offsets, self.tasks, self.metadata
+        )
+        storage.save(content, Path(folder), is_main_process)
 
     @classmethod
     def from_pretrained(
@@ -378,7 +355,6 @@ class EWCState:
         """Upload the state to a model repository of the Hugging Face Hub, made if it is not there.
 
         The model card gets the tag `ewc` and a section on the state; what else it says is kept.
-
         Called by every process, it is uploaded once, by rank 0.
 
         Returns:
@@ -400,44 +376,24 @@ class EWCState:
             )
 
     def card_section(self, settings: Mapping[str, object] | None = None) -> str:
-        """The section on this state for a model card, in Markdown.
+        """The section for a model card, in Markdown; settings, as {"λ": 1e3}, are further lines."""
+        tasks = [asdict(task) for task in self.tasks]
+        return card.section_of(self.importance.shapes, self.nbytes, tasks, settings or {})
 
-        Args:
-            settings: further lines, such as {"λ": 1000.0}.
-        """
-        size = sum(shape.numel() for shape in self.importance.shapes.values())
-        facts: dict[str, object] = {
-            "Protected": f"{size:,} parameters in {len(self.importance)} tensors",
-            "Size": f"{self.nbytes / 2**20:.1f} MiB",
-            **(settings or {}),
-        }
-        return card.card_section([asdict(task) for task in self.tasks], facts)
-
-    @property
-    def _content(self) -> storage.Content:
-        return storage.Content(
-            self.importance, self.anchor, self.offsets, self.tasks, self.metadata
-        )
-
-    def _packed_maps(self) -> tuple[dict[str, PackedTensor], dict[str, PackedTensor]]:
-        return (
-            {name: self.importance.packed(name) for name in self.importance},
-            {name: self.anchor.packed(name) for name in self.anchor},
+    def _under(self, names: Mapping[str, str]) -> EWCState:
+        """The state of these of its parameters, under the names that are given for theirs."""
+        return EWCState(
+            TensorMap({new: self.importance.packed(old) for old, new in names.items()}),
+            TensorMap({new: self.anchor.packed(old) for old, new in names.items()}),
+            {new: self.offsets[old] for old, new in names.items()},
+            self.tasks,
+            self.metadata,
         )
 
     def _check_names(self, model: nn.Module, values_needed: bool) -> None:
-        shapes, parameters = self.importance.shapes, placed_by_name(self.importance, model)
-        recorded = self.metadata.get("fingerprint")
-        source = recorded.get("model") if isinstance(recorded, Mapping) else None
-        refuse_misfits(
-            f"The state{f' of {source}' if source else ''} does not fit {class_name(model)}",
-            misfits(shapes, parameters, "the state", values_needed),
-            advice(shapes, parameters),
+        fit.check_names(
+            self.importance.shapes, self.metadata.get("fingerprint"), model, values_needed
         )
 
     def _check_fingerprint(self, model: nn.Module) -> None:
-        recorded = self.metadata.get("fingerprint")
-        if isinstance(recorded, Mapping):
-            problems = fingerprint.mismatches(recorded, model)
-            problems += heads.mismatches(recorded.get("head"), model, self.importance)
-            refuse_misfits("The state belongs to another model", problems)
+        fit.check_fingerprint(self.metadata.get("fingerprint"), self.importance, model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_ewc.parameters.names import class_name, parameters_by_name, unwrap
 from hf_ewc.state import heads
-from hf_ewc.state.sampling import hashes
+from hf_ewc.state.sampling import hashes, is_away
 
 
 def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
@@ -31,18 +31,18 @@ def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
     head = heads.of_model(model, names)
     if head is not None:
         found["head"] = head
-    adapters = _adapters(model)
-    if adapters:
+    present = adapters(model)
+    if present:
         parameters = parameters_by_name(model)
         found["adapters"] = {
             adapter: kind
-            for adapter, kind in adapters.items()
+            for adapter, kind in present.items()
             if any(adapter in name.split(".") for name in names)
         }
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         base = set(_base(model, parameters))
         found["free"] = sorted(base & (trained | set(names)))
-        found["base"] = hashes(_base(model, parameters, found["free"]))
+        found["base"] = _samples(_base(model, parameters, found["free"]))
     return found
 
 
@@ -51,16 +51,18 @@ def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
     wanted: Mapping[str, str] = recorded.get("adapters") or {}
     if not wanted:
         return []
-    adapters = _adapters(model)
+    present = adapters(model)
     problems = [
-        f"adapter {name!r}: {kind} at consolidation, {adapters.get(name, 'not there')} now"
+        f"adapter {name!r}: {kind} at consolidation, {present.get(name, 'not there')} now"
         for name, kind in wanted.items()
-        if adapters.get(name) != kind
+        if present.get(name) != kind
     ]
     if problems or recorded.get("base") is None:
         return problems
-    now = hashes(_base(model, parameters_by_name(model), recorded.get("free") or ()))
-    if now is not None and not set(now) & set(recorded["base"]):
+    now = _base(model, parameters_by_name(model), recorded.get("free") or ())
+    if any(is_away(parameter) for parameter in now.values()):
+        return problems
+    if not all(_is_same(sample, now.get(name)) for name, sample in recorded["base"].items()):
         problems.append(
             "the weights under the adapter are not those of the consolidation: the adapter was "
             "merged and the model wrapped anew, or it stands on another base model. Go on with the "
@@ -69,7 +71,34 @@ def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
     return problems
 
 
-def _adapters(model: nn.Module) -> dict[str, str]:
+def _samples(base: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Shape and hashes of each parameter; None where values are not in this process."""
+    if any(is_away(parameter) for parameter in base.values()):
+        return None
+    return {
+        name: {"shape": list(parameter.shape), "hashes": _short(parameter)}
+        for name, parameter in base.items()
+    }
+
+
+def _is_same(sample: Mapping[str, Any], parameter: Tensor | None) -> bool:
+    """Whether a parameter is the one that was sampled; it may have got more rows since.
+
+    As an embedding has that was resized under an adapter, which means the same as before.
+    """
+    if parameter is None or list(parameter.shape[1:]) != sample["shape"][1:]:
+        return False
+    if parameter.ndim and parameter.shape[0] < sample["shape"][0]:
+        return False
+    known = parameter[: sample["shape"][0]] if parameter.ndim else parameter
+    return bool(set(_short(known)) & set(sample["hashes"]))
+
+
+def _short(parameter: Tensor) -> list[str]:
+    return [digest[:16] for digest in hashes({"": parameter}) or ()]
+
+
+def adapters(model: nn.Module) -> dict[str, str]:
     """PEFT type by adapter name, for PEFT's own wrapper and for `model.add_adapter`."""
     inner = unwrap(model)
     configs = getattr(inner, "peft_config", None)

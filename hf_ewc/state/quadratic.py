@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,3 +82,10 @@ def half_square(importance: PackedTensor, anchor: PackedTensor, theta: Tensor) -
     strength = sharding.place_like(importance.kept(), theta).to(dtype)
     distance = theta.to(dtype) - sharding.place_like(anchor.kept(), theta).to(dtype)
     return sharding.whole(0.5 * (strength * distance * distance).sum())
+
+
+def sum_of(terms: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of terms on any devices; of none a 0 on `device` that has a gradient of nothing."""
+    if not terms:
+        return torch.zeros((), device=device, requires_grad=True)
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any, TypeVar
+
+from hf_ewc.importance import Fisher
 
 Value = TypeVar("Value")
 
@@ -47,6 +50,19 @@ class TaskRecord:
         labels = self.labels_per_example
         if not is_number(labels) or labels < 1:
             raise ValueError(f"labels_per_example of a task is {labels!r:.80}; at least 1.")
+
+    @classmethod
+    def now(cls, name: str, fisher: Fisher, weight: float) -> TaskRecord:
+        """The record of a task that is consolidated at this moment."""
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        labels = float(fisher.labels_per_example)
+        return cls(name, fisher.num_examples, fisher.fisher_type, float(weight), date, labels)
+
+
+def check_records(tasks: Iterable[TaskRecord]) -> None:
+    for task in tasks:
+        if not isinstance(task, TaskRecord):
+            raise TypeError(f"tasks hold a {type(task).__name__}; needed are TaskRecords.")
 
 
 class ReadOnly(Mapping[str, Value]):

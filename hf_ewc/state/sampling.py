@@ -21,7 +21,7 @@ def hashes(parameters: Mapping[str, Tensor]) -> list[str] | None:
     The same base loaded in another precision has one of them in common. None where values are
     missing in this process.
     """
-    if any(is_dtensor(p) or is_partitioned(p) or p.is_meta for p in parameters.values()):
+    if any(is_away(parameter) for parameter in parameters.values()):
         return None
     digests = {dtype: hashlib.sha256(str(dtype).encode()) for dtype in _PRECISIONS}
     for name, parameter in sorted(parameters.items()):
@@ -30,6 +30,11 @@ def hashes(parameters: Mapping[str, Tensor]) -> list[str] | None:
             digest.update(f"{name}{list(parameter.shape)}".encode())
             digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
     return [digest.hexdigest() for digest in digests.values()]
+
+
+def is_away(parameter: Tensor) -> bool:
+    """Whether this process does not have all values of `parameter`."""
+    return is_dtensor(parameter) or is_partitioned(parameter) or parameter.is_meta
 
 
 def _sample(parameter: Tensor) -> Tensor:
