@@ -59,5 +59,6 @@ class WeightsInUse:
 @torch.no_grad()
 def _sample(model: nn.Module) -> torch.Tensor:
     """A value from the middle of each parameter, or of this process's part of it."""
+    sharding.reshard(model)
     parts = [sharding.local_part(p).reshape(-1) for p in parameters_by_name(model).values()]
     return torch.tensor([float(part[len(part) // 2]) for part in parts if len(part)])
