@@ -60,6 +60,7 @@ class ContinualLearning(evaluate.Metric):  # type: ignore[misc]
         joint: Sequence[float] | Mapping[str, float] | None = None,
         after: int | str | None = None,
     ) -> dict[str, Any]:
+        """The measures by name, see `_INPUTS`."""
         whole = np.full((len(scores), len(scores)), np.nan)
         for i, row in enumerate(scores):
             if len(row) > len(scores):

@@ -321,6 +321,7 @@ def _finite(name: int | str, score: float) -> float:
 
 
 def _floats(what: str, values: Any, shape: tuple[int, ...]) -> Array:
+    """Numbers as an array of this shape, None as NaN; a `ValueError` for anything else."""
     odd = (
         [] if isinstance(values, np.ndarray) else [v for v in _entries(values) if not _is_score(v)]
     )

@@ -336,6 +336,9 @@ def test_killed_at_several_moments_it_ends_with_the_same_result(tmp_path):
     ):
         assert torch.equal(one, other)
     results = [json.loads((f / "results.json").read_text()) for f in (whole, cut)]
+    for content in results:
+        content.pop("checksum")
+        content.pop("environment")  # the commit changes with whoever edits meanwhile
     assert results[0] == results[1]
 
 

@@ -22,6 +22,7 @@ FISHER_TYPES = ("auto", "exact", "sampled", "empirical", "batched")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options named as the settings of `EWCConfig` and the arguments of `estimate_fisher` are."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or Hub id of a model or of a PEFT adapter")
     add("data", metavar="DATA", help="examples that stand for the task; see below")
@@ -44,12 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Estimate, consolidate, save."""
-    if Path(given.output).is_file():
-        raise ValueError(f"-o {given.output} is a file; give a folder for the state.")
-    for name in ("batch_size", "max_length", "num_samples"):
-        value = getattr(given, name)
-        if value is not None and value < (0 if name == "num_samples" else 1):
-            raise ValueError(f"--{name} is {value}; give a number above 0.")
+    _check(given)
     from hf_ewc.cli.data import examples
     from hf_ewc.cli.models import load_model
     from hf_ewc.fisher import estimate_fisher
@@ -75,3 +71,13 @@ def run(given: argparse.Namespace) -> None:
         f"{fisher.fisher_type} Fisher of {len(fisher.diagonal)} parameters on "
         f"{fisher.num_examples} examples, task {name!r}: written to {given.output}"
     )
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Refuse what needs no model to be seen as wrong."""
+    if Path(given.output).is_file():
+        raise ValueError(f"-o {given.output} is a file; give a folder for the state.")
+    for name in ("batch_size", "max_length", "num_samples"):
+        value = getattr(given, name)
+        if value is not None and value < (0 if name == "num_samples" else 1):
+            raise ValueError(f"--{name} is {value}; give a number above 0.")

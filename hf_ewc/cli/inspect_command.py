@@ -6,6 +6,9 @@ import argparse
 import json
 from typing import Any
 
+from hf_ewc.report.names import in_markdown
+from hf_ewc.report.tables import table
+
 EXAMPLES = """
 STATE is a folder with `ewc_state.json`, such as a model saved by EWCTrainer, or a Hub id.
 
@@ -56,37 +59,28 @@ def described(state: Any) -> dict[str, Any]:
 
 def in_words(found: dict[str, Any]) -> str:
     """Two tables, and a line on the size."""
-    from hf_ewc.report.names import in_markdown
-    from hf_ewc.report.tables import table
-
     head = (
         f"{len(found['tasks'])} tasks, {found['parameters']:,} parameters in {found['tensors']} "
         f"tensors, {found['bytes'] / 2**20:.1f} MiB, offset {found['offset']:.4g}"
     )
-    tasks = [
-        [
-            in_markdown(t["name"]),
-            str(t["num_examples"]),
-            t["fisher_type"],
-            f"{t['weight']:g}",
-            t["date"],
-        ]
-        for t in found["tasks"]
-    ]
-    layers = [
-        [
-            name,
-            f"{layer['parameters']:,}",
-            f"{layer['importance']:.4g}",
-            f"{100 * layer['share']:.1f} %",
-            f"{layer['mean']:.3g}",
-        ]
-        for name, layer in found["layers"].items()
-    ]
-    parts = [head]
-    if tasks:
-        parts.append(table(["task", "examples", "Fisher", "weight", "consolidated"], tasks))
-    if layers:
-        header = ["layer", "parameters", "importance Σ F", "share", "mean"]
-        parts.append(table(header, layers))
-    return "\n\n".join(parts)
+    parts = [head, _tasks(found["tasks"]), _layers(found["layers"])]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _tasks(tasks: list[dict[str, Any]]) -> str:
+    rows = [
+        [in_markdown(t["name"]), str(t["num_examples"]), t["fisher_type"], f"{t['weight']:g}",
+         t["date"]]
+        for t in tasks
+    ]  # fmt: skip
+    return table(["task", "examples", "Fisher", "weight", "consolidated"], rows) if rows else ""
+
+
+def _layers(layers: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [name, f"{layer['parameters']:,}", f"{layer['importance']:.4g}",
+         f"{100 * layer['share']:.1f} %", f"{layer['mean']:.3g}"]
+        for name, layer in layers.items()
+    ]  # fmt: skip
+    header = ["layer", "parameters", "importance Σ F", "share", "mean"]
+    return table(header, rows) if rows else ""

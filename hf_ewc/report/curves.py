@@ -52,6 +52,7 @@ def curves(runs: Runs) -> Figure:
 
 
 def _draw_tasks(panel: Any, values: Array, names: Sequence[str]) -> None:
+    """A line for each task, with its own colour, marker and kind of line."""
     size = len(names)
     few = size <= _MOST_MARKERS
     for j, (name, colour) in enumerate(zip(names, palette(size), strict=True)):

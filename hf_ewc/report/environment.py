@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
             "memory": _memory(),
             "gpus": _gpus(),
         },
-        "commit": _commit(os.getcwd()),
+        "commit": _commit(_folder()),
     }
 
 
@@ -79,6 +79,14 @@ def _gpus() -> list[str]:
     if cuda is None or not cuda.is_available():
         return []
     return [str(cuda.get_device_name(i)) for i in range(cuda.device_count())]
+
+
+def _folder() -> str:
+    """The working directory; "." where it was removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return "."
 
 
 @lru_cache

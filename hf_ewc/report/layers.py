@@ -34,12 +34,14 @@ def by_layer(sums: Mapping[str, LayerImportance]) -> dict[str, LayerImportance]:
     return found
 
 
-def most_important(layers: Mapping[str, LayerImportance]) -> dict[str, LayerImportance]:
+def most_important(
+    layers: Mapping[str, LayerImportance], most: int = MOST_LAYERS
+) -> dict[str, LayerImportance]:
     """The layers that matter most, in the model's order, and all others as one."""
-    if len(layers) <= MOST_LAYERS:
+    if len(layers) <= most:
         return dict(layers)
     ranked = sorted(layers, key=lambda name: -layers[name].total)
-    kept = set(ranked[: MOST_LAYERS - 1])
+    kept = set(ranked[: most - 1])
     others = [layer for name, layer in layers.items() if name not in kept]
     rest = LayerImportance(
         sum(layer.total for layer in others), sum(layer.parameters for layer in others)

@@ -153,6 +153,7 @@ def _by_measure(
     corner: str = "",
     sign: str = "",
 ) -> str:
+    """A row for each method, a column for each measure that some method has."""
     columns = [name for name in names if any(name in summary for summary in found.values())]
     rows = [
         [in_markdown(method), *(_estimate(summary.get(name), sign) for name in columns)]

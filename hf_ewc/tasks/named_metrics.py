@@ -38,6 +38,7 @@ class NamedMetrics:
         self.__qualname__ = f"evaluate: {', '.join(self.names)}"
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The figures of all modules, by the names that these give them."""
         found = dict(self.beside(prediction)) if self.beside is not None else {}
         predictions, references = decided(prediction, self.shifted)
         for name, module in zip(self.names, self.modules, strict=True):

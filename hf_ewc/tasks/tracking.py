@@ -83,6 +83,7 @@ class SequenceTracker(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **given: Any,
     ) -> None:
+        """Log at the run's step, with the number of the task."""
         self._open(state, control, given)
         found = {**(logs or {}), "task": self._task}
         for integration in self.integrations:
