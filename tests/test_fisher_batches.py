@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_ewc import estimate_fisher
 from hf_ewc.fisher import replicas
+from hf_ewc.fisher.engine.verification import Sketch
 
 PICTURE = 9
 
@@ -258,6 +259,7 @@ def batch_of(count, seed, **more):
     return {"x": randn(count, 8, 3, seed=seed), "labels": torch.arange(count) % 2, **more}
 
 
+@pytest.mark.filterwarnings("ignore:The one-backward")
 @pytest.mark.parametrize(
     "other",
     [
@@ -270,8 +272,7 @@ def batch_of(count, seed, **more):
 def test_a_batch_of_another_structure_is_proved_anew(other):
     model = Sometimes()
     batches = [batch_of(4, 1), batch_of(4, 2), other]
-    with pytest.warns(UserWarning, match="differs from single examples"):
-        fisher = estimate_fisher(model, iter(batches), fisher_type="empirical")
+    fisher = estimate_fisher(model, iter(batches), fisher_type="empirical")
     rows = [{name: _row(v, n) for name, v in batch.items()} for batch in batches for n in range(4)]
     oracle.assert_close(fisher.diagonal, by_hand(model, rows, lambda rows: rows[0]))
 
@@ -383,3 +384,21 @@ def test_a_model_that_cannot_run_backward_in_eval_mode_is_refused():
     for size in (1, 4):
         with pytest.raises(ValueError, match=r"backward fails in eval mode.*Reformer"):
             estimate_fisher(model, rows, batch_size=size)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (80, 70)])
+def test_a_sketch_of_factors_is_that_of_their_product(shape):
+    """Matrices of few entries are kept, of more the sums: a difference shows in both."""
+    g, x = randn(6, shape[0], seed=1), randn(6, shape[1], seed=2)
+    factors, product, other = Sketch(), Sketch(), Sketch()
+    factors.see("w", (g, x))
+    product.see("w", g.T @ x)
+    changed = g.T @ x
+    changed[3, 4] += 1.0
+    other.see("w", changed)
+    size = float((g.T @ x).square().sum())
+    assert factors.differences(product, ["w"])["w"] < 1e-9 * size
+    assert factors.differences(other, ["w"])["w"] == pytest.approx(1.0, rel=1e-3)
+    assert factors.sizes(["w"])["w"] == pytest.approx(size, rel=0.5)
+    factors.see("w", (g, x))
+    assert factors.sizes(["w"])["w"] == pytest.approx(4 * product.sizes(["w"])["w"], rel=1e-4)

@@ -25,7 +25,8 @@ class Witness(Protocol):
     @property
     def example(self) -> int: ...
 
-    def see(self, name: str, gradient: Tensor) -> None: ...
+    def see(self, name: str, gradient: Tensor | tuple[Tensor, Tensor]) -> None:
+        """`gradient` is G, or (g, x) with G = gᵀ x."""
 
 
 class Engine(Protocol):

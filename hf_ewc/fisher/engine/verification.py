@@ -44,16 +44,24 @@ class Sketch:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def see(self, name: str, gradient: Tensor) -> None:
-        gradient = gradient.detach()
-        if gradient.dtype not in (torch.float32, torch.float64):
-            gradient = gradient.float()
-        if gradient.numel() > _SHORT:
-            matrix = gradient.reshape(gradient.shape[0], -1)
-            rows, columns = (_signs(size).to(matrix) for size in matrix.shape)
-            gradient = torch.cat([rows @ matrix, matrix @ columns]) * 0.5**0.5
-        sums = gradient.reshape(-1).clone()
-        self._sums[name] = sums if name not in self._sums else self._sums[name].add_(sums)
+    def see(self, name: str, gradient: Tensor | tuple[Tensor, Tensor]) -> None:
+        """`gradient` is G, or (g, x) with G = gᵀ x, which is then not written out."""
+        if isinstance(gradient, tuple):
+            g, x = (_wide(factor) for factor in gradient)
+            if g.shape[1] * x.shape[1] <= _SHORT:
+                sums = (g.T @ x).flatten()
+            else:
+                rows, columns = (_signs(one.shape[1]).to(one) for one in (g, x))
+                sums = torch.cat([(g @ rows) @ x, (x @ columns) @ g]) * 0.5**0.5
+        else:
+            gradient = _wide(gradient)
+            if gradient.numel() <= _SHORT:
+                sums = gradient.flatten().clone()
+            else:
+                matrix = gradient.reshape(gradient.shape[0], -1)
+                rows, columns = (_signs(size).to(matrix) for size in matrix.shape)
+                sums = torch.cat([rows @ matrix, matrix @ columns]) * 0.5**0.5
+        self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums
 
     def sizes(self, names: Iterable[str]) -> dict[str, float]:
         """Σ G² of each parameter, in expectation."""
@@ -69,6 +77,10 @@ class Sketch:
             either = own if own is not None else others
             return 0.0 if either is None else _sum(either.square())
         return _sum((own - others).square())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @functools.lru_cache(maxsize=64)

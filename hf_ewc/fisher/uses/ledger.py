@@ -26,9 +26,13 @@ class Ledger:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._by_tensor = {id(p): SquareSum(name, p) for name, p in parameters.items()}
         self.num_examples = 0
-        self._watched: tuple[int, Callable[[str, Tensor], None]] | None = None
+        self._watched: tuple[int, Callable[[str, Tensor | tuple[Tensor, Tensor]], None]] | None = (
+            None
+        )
 
-    def watch(self, example: int, see: Callable[[str, Tensor], None]) -> None:
+    def watch(
+        self, example: int, see: Callable[[str, Tensor | tuple[Tensor, Tensor]], None]
+    ) -> None:
         """Show the gradients of one example of the next batch, by parameter, as they come."""
         self._watched = example, see
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.uses import squares
-from hf_ewc.fisher.uses.gradients import Dense, PerExampleGradient
+from hf_ewc.fisher.uses.gradients import Dense, Linear, PerExampleGradient
 from hf_ewc.fisher.uses.square_sum import Geometry, SquareSum, Use
 
 # Per-example gradients of a derived tensor are pulled back in one batched call up to this size.
@@ -30,14 +30,21 @@ class _Placed(PerExampleGradient):
         self.gradient.add_to(placed, example)
 
 
-def gradients_of(group: list[SquareSum], example: int) -> list[tuple[str, Tensor]]:
-    """G_example of each parameter of a group, of what was delivered; none if nothing was."""
+def gradients_of(
+    group: list[SquareSum], example: int
+) -> list[tuple[str, Tensor | tuple[Tensor, Tensor]]]:
+    """G_example of each parameter of a group, of what was delivered; none if nothing was.
+
+    As (g, x) with G = gᵀ x where that is how it was delivered.
+    """
+    if len(group) == 1 and (product := _product_of(group[0], example)) is not None:
+        return [(group[0].name, product)]
     uses = _delivered_once(use for one in group for use in one.derived)
     if not uses and not any(use.gradient for one in group for use, _ in one.direct):
         return []
     cotangents = [_written_out(use, example) for use in uses]
     pulled_back = _pull_back(group, uses, cotangents, batched=False)
-    found = []
+    found: list[tuple[str, Tensor | tuple[Tensor, Tensor]]] = []
     for one, gradient in zip(group, pulled_back, strict=True):
         summed = one.zeros()
         if gradient is not None:
@@ -45,6 +52,21 @@ def gradients_of(group: list[SquareSum], example: int) -> list[tuple[str, Tensor
         _add_direct(one, summed, example)
         found.append((one.name, summed))
     return found
+
+
+def _product_of(one: SquareSum, example: int) -> tuple[Tensor, Tensor] | None:
+    """The factors of a matrix that was used once, as it is or transposed, in a linear map."""
+    delivered = [(use.gradient, place) for use, place in one.direct if use.gradient is not None]
+    if one.derived or len(delivered) != 1:
+        return None
+    gradient, (size, stride, offset) = delivered[0]
+    if not isinstance(gradient, Linear) or offset or one.parameter.dim() != 2:
+        return None
+    g, x = gradient.gradients[example], gradient.inputs[example]
+    if (size, stride) == (tuple(one.parameter.shape), one.parameter.stride()):
+        return g, x
+    transposed = one.parameter.t()
+    return (x, g) if (size, stride) == (tuple(transposed.shape), transposed.stride()) else None
 
 
 def square(one: SquareSum, num_examples: int) -> None:
