@@ -100,6 +100,23 @@ def test_owners_go_where_elements_go(name, tracked):
     assert torch.equal(owners, result.long())
 
 
+@pytest.mark.parametrize("name", ["time first", "in order"])
+def test_what_is_written_into_a_blank_tensor(name, tracked):
+    """Where some of it stays blank."""
+    time_first = name == "time first"
+
+    def gathered(x):
+        blank = torch.zeros(4, 3, 6) if time_first else torch.zeros(3, 4, 6)
+        examples, places = MASK.nonzero(as_tuple=True)
+        index = (places, examples) if time_first else (examples, places)
+        blank[index] = x[examples, places].float().requires_grad_()
+        return blank
+
+    _, owners = tracked(gathered, values(3, 4, 6))
+    expected = values(3, 4, 6)
+    assert torch.equal(owners, expected.transpose(0, 1) if time_first else expected)
+
+
 @pytest.mark.parametrize(
     "function",
     [

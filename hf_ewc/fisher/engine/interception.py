@@ -64,7 +64,7 @@ class Interception(TorchFunctionMode):
             with self:
                 return opened(call.func)(*call.args, **call.kwargs)
         result = self._run_covered(call, used) if used else call.run()
-        self._tracker.follow_call(call, inputs, tensors_in(result))
+        self._tracker.follow_call(call, inputs, tensors_in(result), shared)
         return result
 
     def _run_shared(self, call: Call) -> Any:

@@ -147,6 +147,28 @@ def _indexed(source: Tensor, owners: Tensor, index: Any) -> Tensor:
     return owners.expand(sizes)[index]
 
 
+def written(shape: Sequence[int], index: Any, owners: Tensor, num_examples: int) -> Tensor:
+    """The owners of a blank tensor of this shape in which `index` was given to `owners`.
+
+    Examples are in order along one of its axes; what was not written is of whom that axis says.
+    """
+    items = index if isinstance(index, tuple) else (index,)
+    plain = not isinstance(index, list) and all(item is not Ellipsis for item in items)
+    axes = sum(_axes_of(item) for item in items) if plain else len(shape)
+    sizes = [size if axis < axes else 1 for axis, size in enumerate(shape)]
+    found = torch.full(sizes, -1, device=owners.device)
+    found[index] = owners
+    for axis, size in enumerate(sizes):
+        if size % num_examples:
+            continue
+        rows = torch.arange(num_examples, device=owners.device)
+        rows = rows.repeat_interleave(size // num_examples)
+        rows = rows.reshape(-1, *[1] * (len(sizes) - axis - 1))
+        if bool(((found == rows) | (found < 0)).all()):
+            return rows.reshape(*[1] * axis, *rows.shape)
+    raise Uncovered
+
+
 def _axes_of(item: Any) -> int:
     if item is None or isinstance(item, bool):
         return 0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.combination import combined
-from hf_ewc.fisher.uses.owners import MOVEMENTS, by_index, moved, reduced, varying
+from hf_ewc.fisher.uses.owners import MOVEMENTS, by_index, moved, reduced, varying, written
 from hf_ewc.fisher.uses.table import TensorTable
 
 _UNKNOWN = object()
@@ -90,6 +90,17 @@ class RowOwners:
     def copy(self, target: Tensor, source: Tensor) -> None:
         """The rows of `target` are those of `source`."""
         self._put(target, self._table.get(source))
+
+    def follow_writing(self, call: Call) -> None:
+        """Note of whom the elements of what was blank are, after values were written into it."""
+        target, index, value = call.args
+        if not isinstance(value, Tensor) or self._is_shared(value):
+            return
+        try:
+            owners = self.of_elements(value)
+            self._put(target, written(target.shape, index, owners, self._num_examples))
+        except _UNFOLLOWED:
+            return
 
     def follow(self, call: Call, inputs: list[Tensor], outputs: Sequence[Tensor]) -> None:
         """Note the owners of what a function returned."""

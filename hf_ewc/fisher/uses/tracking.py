@@ -71,12 +71,23 @@ class Tracker:
         self.follow_call(call, tensors_in(args), tensors_in(result))
         return result
 
-    def follow_call(self, call: Call, inputs: list[Tensor], results: Sequence[Tensor]) -> None:
-        """Note that the results carry examples, and of which example each row is."""
+    def follow_call(
+        self,
+        call: Call,
+        inputs: list[Tensor],
+        results: Sequence[Tensor],
+        shared: Sequence[Tensor] = (),
+    ) -> None:
+        """Note that the results carry examples, and of which example each row is.
+
+        `shared` are the inputs that were shared before the call.
+        """
         for tensor in results:
             self._origins.carry_result(tensor)
         if call.name == "__setitem__":
             self._origins.carry(call.args[0])
+            if any(tensor is call.args[0] for tensor in shared):
+                self._rows.follow_writing(call)
         self._rows.follow(call, inputs, results)
 
     # Which example a row belongs to
