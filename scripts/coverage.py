@@ -53,9 +53,9 @@ def in_float64(batch: dict[str, Any]) -> dict[str, Any]:
 
 def number_of_labels(outputs: Any, batch: dict[str, Any]) -> float | None:
     """How many labels the loss of one example is a mean over; None where it is of another kind."""
-    loss, labels = float(outputs["loss"]), batch.get("labels")
+    loss, labels = float(outputs["loss"].detach()), batch.get("labels")
     for count, mean in _known_means(outputs, labels, batch):
-        if count and abs(float(mean) - loss) <= 1e-6 * (abs(loss) + 1e-3):
+        if count and abs(float(mean.detach()) - loss) <= 1e-6 * (abs(loss) + 1e-3):
             return count
     return None
 

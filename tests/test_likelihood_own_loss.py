@@ -409,3 +409,17 @@ def test_outputs_that_begin_with_those_of_an_image(shift):
     assert_close(fisher(model, batch, "empirical").diagonal, loop(model, batch, terms))
     with pytest.raises(ValueError, match="no head that is known"):
         estimate_fisher(Own(3), [batch])
+
+
+def test_an_estimate_that_goes_over_to_single_examples_after_the_loss_was_asked():
+    class OnlyAlone(Own):
+        def forward(self, x, labels=None):
+            if torch.is_grad_enabled() and len(x) > 1:
+                raise RuntimeError("view size is not compatible with input tensor's size")
+            return super().forward(x, labels)
+
+    batch = {"x": features(4), "labels": torch.tensor([0, 1, 2, 0])}
+    model = OnlyAlone(3, F.cross_entropy)
+    with pytest.warns(UserWarning, match="one by one"):
+        found = estimate_fisher(model, [batch], fisher_type="empirical").diagonal
+    assert_close(found, loop(Own(3), batch, softmax))

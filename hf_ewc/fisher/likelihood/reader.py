@@ -38,7 +38,7 @@ class LabelReader:
         self._problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         self._reading: Reading | None = None
         self._loss_is_nan = False
-        self._expected: tuple[list[int] | None, Outputs] | None = None
+        self._expected: tuple[Batch, list[int] | None, Observation] | None = None
 
     def settle(self, batch: ExampleBatch) -> None:
         """Find by the model's own loss what its outputs mean, unless that is known already.
@@ -56,7 +56,7 @@ class LabelReader:
                 observer = Observer(self._forward, few)
                 observed = observer.observe(_TURNS)
                 if observed:
-                    self._follow(rows, observed)
+                    self._follow(inputs, rows, observed)
                     self._settle_by(observer, observed)
                     break
 
@@ -81,21 +81,27 @@ class LabelReader:
         """The outputs; with labels, where the forward without them does something else."""
         outputs = self._forward(batch)
         if self._expected is not None:
-            rows, expected = self._expected
+            observed, rows, expected = self._expected
             self._expected = None
-            own = outputs if rows is None else outputs.of_examples(rows)
-            if not same_scores(own, expected):
+            if batch is not observed or rows is None:
+                with torch.no_grad():
+                    own = self._forward(expected.batch)
+            else:
+                own = outputs.of_examples(rows)
+            if not same_scores(own, expected.outputs):
                 self._forward.always_with_labels()
                 outputs = self._forward(batch)
         return outputs
 
-    def _follow(self, rows: list[int] | None, observed: Sequence[Observation]) -> None:
+    def _follow(
+        self, batch: Batch, rows: list[int] | None, observed: Sequence[Observation]
+    ) -> None:
         """Have the forward do what it does with labels; of decoders this is seen at once."""
         last = observed[-1]
         if self._forward.makes_decoder_inputs(last.batch):
             self._forward.follow(last.batch, last.outputs)
         elif observed[0].outputs.scores:
-            self._expected = rows, observed[0].outputs
+            self._expected = batch, rows, observed[0]
 
     def _settle_by(self, observer: Observer, observed: list[Observation]) -> None:
         first = observed[0]
