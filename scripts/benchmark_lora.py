@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer
-from hf_ewc.parameters.adapters import AdaptedWeight, weights_by_name
+from hf_ewc.parameters.adapted_weight import AdaptedWeight
+from hf_ewc.parameters.adapters import weights_by_name
 
 VOCABULARY = 16384
 

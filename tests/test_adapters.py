@@ -11,7 +11,9 @@ from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from hf_ewc import estimate_fisher
-from hf_ewc.parameters.adapters import AdaptedWeight, gradients_of_weights, weights_by_name
+from hf_ewc.parameters.adapted_weight import AdaptedWeight
+from hf_ewc.parameters.adapters import weights_by_name
+from hf_ewc.parameters.weight_gradients import gradients_of_weights
 
 
 def randomized(model):

@@ -10,7 +10,8 @@ from test_adapters import adapted, merged
 from training import GradientRecorder, arguments
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Fisher
-from hf_ewc.parameters.adapters import AdaptedWeight, weights_by_name
+from hf_ewc.parameters.adapted_weight import AdaptedWeight
+from hf_ewc.parameters.adapters import weights_by_name
 from hf_ewc.training.penalty import Penalty
 
 CASES = {

@@ -18,8 +18,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_ewc import EWCState, estimate_fisher
-from hf_ewc.parameters.adapters import gradients_of_weights, weights_by_name
+from hf_ewc.parameters.adapters import weights_by_name
 from hf_ewc.parameters.names import parameters_by_name
+from hf_ewc.parameters.weight_gradients import gradients_of_weights
 from hf_ewc.processes import leave
 from hf_ewc.training import deepspeed as engine_gradients
 from hf_ewc.training.penalty import Penalty

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.adapters import AdaptedWeight, value_of, weights_named
+from hf_ewc.parameters.adapted_weight import AdaptedWeight
+from hf_ewc.parameters.adapters import value_of, weights_named
 from hf_ewc.parameters.names import canonical_name
 from hf_ewc.state.compatibility import misfits, refuse_misfits
 from hf_ewc.state.packed import PackedTensor, TensorMap, dense

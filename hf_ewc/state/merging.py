@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.adapters import AdaptedWeight, weights_named
+from hf_ewc.parameters.adapted_weight import AdaptedWeight
+from hf_ewc.parameters.adapters import weights_named
 from hf_ewc.state.packed import PackedTensor, TensorMap
 from hf_ewc.state.quadratic import BLOCK, flat_part
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.adapters import AdaptedWeight, LowRank
+from hf_ewc.parameters.adapted_weight import AdaptedWeight, LowRank
 from hf_ewc.training.gradients import DIRECT, Access
 from hf_ewc.training.low_rank import AdaptedPiece, Product, adapted_value_and_gradient, entries
 

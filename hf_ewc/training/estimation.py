@@ -16,14 +16,10 @@ from transformers import Trainer
 from hf_ewc.config import EWCConfig
 from hf_ewc.fisher import estimate_fisher
 from hf_ewc.importance import Fisher
-from hf_ewc.parameters.adapters import (
-    fresh_adapters,
-    gradients_of_weights,
-    has_adapters,
-    weights_by_name,
-)
+from hf_ewc.parameters.adapters import fresh_adapters, has_adapters, weights_by_name
 from hf_ewc.parameters.names import parameters_by_name
 from hf_ewc.parameters.selection import select_parameters
+from hf_ewc.parameters.weight_gradients import gradients_of_weights
 from hf_ewc.training.data_path import as_handed_over, examples_of
 from hf_ewc.training.preferences import Likelihood, preferences_of
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.parameters import sharding
-from hf_ewc.parameters.adapters import AdaptedWeight, weights_named
+from hf_ewc.parameters.adapted_weight import AdaptedWeight
+from hf_ewc.parameters.adapters import weights_named
 from hf_ewc.parameters.sharding import whole
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.state.packed import PackedTensor, dense
