@@ -20,6 +20,7 @@ from hf_ewc.report import (
     summary_table,
     write_report,
 )
+from hf_ewc.report.importance import _shares
 from hf_ewc.report.layers import by_layer, layer_of, most_important
 from hf_ewc.report.writing import markdown
 
@@ -296,3 +297,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_picture_of_importance_shows_the_mean_share_over_seeds():
+    def outcome(a, b):
+        layers = {"a": LayerImportance(a, 1), "b": LayerImportance(b, 1)}
+        return Outcome(many(1), importance=layers)
+
+    repeats = {0: outcome(1.0, 3.0), 1: outcome(30.0, 10.0), 2: Outcome(many(1))}
+    assert _shares(repeats, 40) == pytest.approx({"a": 50.0, "b": 50.0})
+    assert _shares({2: Outcome(many(1))}, 40) == {}
+
+
+def test_a_report_needs_no_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    path = write_report(tmp_path / "run", {"EWC": runs()["EWC"]})
+    assert read_results(path)[1]["environment"]["commit"] is None
