@@ -31,6 +31,7 @@ FORMS = {
     "float32": {},
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
+    "float8": {"dtype": "float8"},
     "keep 50 %": {"keep_fraction": 0.5},
     "keep 10 %": {"keep_fraction": 0.1},
     "keep 10 %, float16": {"keep_fraction": 0.1, "dtype": torch.float16},
