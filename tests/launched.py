@@ -29,7 +29,7 @@ from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.sharding import is_sharded
 from hf_ewc.processes import leave
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.tasks.runner import Task, TaskResults, run_tasks
+from hf_ewc.tasks import Task, TaskResults, run_tasks
 from hf_ewc.training.trainer import EWCTrainer
 from tests.many_processes import make_model, whole
 from tests.models import Examples, bert, random_quadratic, vit

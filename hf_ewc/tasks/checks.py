@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.tasks.arguments import own_arguments
+from hf_ewc.tasks.heads import heads_of
 from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.scenario import SCENARIOS, labels_of
@@ -163,15 +164,25 @@ def check_types(tasks: Any, args: Any, config: Any, sequence: Any) -> None:
 
 
 def check_sequence(
-    tasks: Sequence[Task], args: TrainingArguments, trainer_class: type[Any], config: SequenceConfig
+    tasks: Sequence[Task],
+    args: TrainingArguments,
+    trainer_class: type[Any],
+    config: SequenceConfig,
+    ewc: EWCConfig | None,
 ) -> None:
     """Refuse ways to train that these tasks or this trainer cannot have.
 
     Raises:
         ValueError, TypeError: with what is missing.
     """
+    heads_of(tasks)
     for task in tasks:
         own_arguments(task, args)
+        if task.head is not None and task.classes is not None:
+            raise ValueError(
+                f"task {task.name!r} has classes and a head; give it classes on the shared head, "
+                "or a head of its own."
+            )
         if not isinstance(task.weight, (int, float)) or not 0 <= task.weight < float("inf"):
             raise ValueError(
                 f"task {task.name!r} has the weight {task.weight!r}; allowed is a finite number "
@@ -181,6 +192,16 @@ def check_sequence(
         raise TypeError(
             f"l2sp_lambda is {config.l2sp_lambda:g}; {trainer_class.__name__} has no penalty: "
             "trainer_class must be EWCTrainer or a class that begins with EWCMixin."
+        )
+    if config.weight_average == "fisher" and (ewc is None or ewc.ewc_mode != "separate"):
+        raise ValueError(
+            "weight_average is 'fisher', which needs the sums over all tasks: give an ewc_config "
+            "with ewc_mode='separate' (ewc_lambda=0 lets the penalty out)."
+        )
+    if config.gate_retries and ewc is None and not config.l2sp_lambda:
+        raise ValueError(
+            f"gate_retries is {config.gate_retries}; a task is tried again with more strength of "
+            "EWC or L2-SP, and there is neither."
         )
     if not (config.replays or config.joint_training):
         return

@@ -73,7 +73,8 @@ class ClassMask:
     @contextmanager
     def only(self, classes: Sequence[int] | None) -> Iterator[None]:
         """Let only these classes through inside the block; None lets all through."""
-        before = self.masked.clone()
+        before, by_row = self.masked.clone(), self._by_row
+        self._by_row = None
         masked = torch.zeros(self.num_classes, dtype=torch.bool)
         if classes is not None:
             self.check(classes)
@@ -84,6 +85,7 @@ class ClassMask:
             yield
         finally:
             self.masked.copy_(before)
+            self._by_row = by_row
 
     @contextmanager
     def only_by_row(self, classes: Sequence[Sequence[int] | None]) -> Iterator[None]:
@@ -115,7 +117,8 @@ class ClassMask:
             return logits.masked_fill(self._by_row.to(logits.device).view(shape), MASKED)
         if self.masked.device != logits.device:
             self.masked = self.masked.to(logits.device)
-        return logits.masked_fill(self.masked, MASKED)
+        # A copy: the mask may change between the forward and the backward.
+        return logits.masked_fill(self.masked.clone(), MASKED)
 
 
 def classification_heads(model: nn.Module) -> list[nn.Linear]:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 
 from torch import nn
 
 from hf_ewc.tasks.class_mask import ClassMask
+from hf_ewc.tasks.heads import Heads, heads_of, key_of
 from hf_ewc.tasks.task import Task
 
 
 class LabelSpace:
-    """Shows a model to a task: all of its outputs, or only those of the task's own `classes`.
+    """Shows a model to a task: with the task's own head, or only the outputs of its `classes`.
 
     As a context manager it attaches itself to the model.
 
     Args:
         model: which all tasks share.
         tasks: whose classes are checked against the model's head.
+        seed: of the first weights of the tasks' own heads.
+
+    Attributes:
+        heads: the tasks' own; None where there are none.
 
     Raises:
-        ValueError: classes that the head does not have, or no linear head for them.
+        ValueError: classes that the head does not have, no linear head for them, or heads that do
+            not fit the model.
     """
 
-    def __init__(self, model: nn.Module, tasks: Sequence[Task]) -> None:
+    def __init__(self, model: nn.Module, tasks: Sequence[Task], seed: int = 0) -> None:
         self._mask = ClassMask(model) if any(task.classes is not None for task in tasks) else None
         for task in tasks:
             if self._mask is not None and task.classes is not None:
                 self._mask.check(task.classes)
+        heads = heads_of(tasks)
+        self.heads = Heads(model, heads, seed) if heads else None
 
     def __enter__(self) -> LabelSpace:
         if self._mask is not None:
@@ -45,24 +53,38 @@ class LabelSpace:
         if self._mask is not None:
             self._mask.__exit__(kind, error, trace)
 
+    def put(self, task: Task) -> None:
+        """Let the model have the task's head from now on."""
+        if self.heads is not None:
+            self.heads.put(key_of(task))
+
     @contextmanager
-    def of(self, task: Task | None) -> Iterator[None]:
-        """The model as this task sees it, inside the block; None sees all."""
-        classes = None if task is None else task.classes
-        with nullcontext() if self._mask is None else self._mask.only(classes):
+    def of(self, task: Task, masked: bool = True) -> Iterator[None]:
+        """The model as this task sees it, inside the block; not `masked`, with all outputs."""
+        with ExitStack() as stack:
+            if self.heads is not None:
+                stack.enter_context(self.heads.only(key_of(task)))
+            if self._mask is not None:
+                stack.enter_context(self._mask.only(task.classes if masked else None))
             yield
 
-    @property
-    def tells_tasks_apart(self) -> bool:
-        """Whether what the model shows depends on the task."""
-        return self._mask is not None
+    @contextmanager
+    def frozen_head(self) -> Iterator[None]:
+        """Inside the block the head in place gets no gradient, where tasks have their own."""
+        with nullcontext() if self.heads is None else self.heads.frozen():
+            yield
 
     @contextmanager
     def of_rows(self, tasks: Sequence[Task]) -> Iterator[None]:
-        """Inside the block each row of a batch sees the model as its own task does."""
+        """Inside the block each row of a batch sees the outputs that its own task does."""
         classes = [task.classes for task in tasks]
         with nullcontext() if self._mask is None else self._mask.only_by_row(classes):
             yield
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether some task has classes of its own on the shared head."""
+        return self._mask is not None
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

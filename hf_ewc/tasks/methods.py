@@ -16,8 +16,9 @@ from hf_ewc.state.by_layer import importance_by_layer
 from hf_ewc.tasks.arguments import checked, with_settings
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process
+from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.run_folder import safe_name
-from hf_ewc.tasks.runner import TaskResults, planned, run_tasks
+from hf_ewc.tasks.runner import planned, run_tasks
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Task
 

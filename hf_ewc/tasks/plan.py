@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Metrics, Task
+
+# Of a trainer, its task and the results so far; the figures that it returns are kept.
+AfterTask = Callable[[Any, Task, TaskResults], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Plan:
     scenario: str
     sequence: SequenceConfig
     log_likelihood: Callable[..., Any] | None
+    after_task: AfterTask | None
     trainer_kwargs: dict[str, Any]
 
     @property

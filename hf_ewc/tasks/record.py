@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from hf_ewc.files import write_atomically
@@ -22,6 +23,7 @@ from hf_ewc.report import (
     write_report,
     write_results,
 )
+from hf_ewc.report.results import plain
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import RunFolder
@@ -40,6 +42,7 @@ class Record:
         plan: of the run; its settings are written with the scores.
         folder: of the run.
         matrix: R[i, j], filled as tasks are learnt.
+        model: as it is before the first task.
 
     Attributes:
         metrics: everything evaluation gave, `metrics[i][name]` after training task i.
@@ -47,15 +50,22 @@ class Record:
         costs: of each task; kept in a file of their own, since a run that goes on after a kill has
             the same results, not the same seconds.
         steps: the optimizer steps of each task.
+        figures: what the user's `after_task` returned after each task.
+        tries: of the gate: tasks after which too much was lost, with what was.
         importance: Σ F by layer in the state after the last task, where a process holds it whole.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder, matrix: AccuracyMatrix) -> None:
+    def __init__(
+        self, plan: Plan, folder: RunFolder, matrix: AccuracyMatrix, model: nn.Module
+    ) -> None:
         self.plan, self.folder, self.matrix = plan, folder, matrix
+        self._settings, self._model = settings_of(plan, model), class_name(model)
         self.metrics: Scores = []
         self.history: list[list[Entry]] = []
         self.costs: list[Cost] = []
         self.steps: list[int] = []
+        self.figures: list[dict[str, Any]] = []
+        self.tries: list[dict[str, Any]] = []
         self.importance: Mapping[str, LayerImportance] | None = None
 
     @property
@@ -63,7 +73,7 @@ class Record:
         """How many tasks are learnt."""
         return len(self.metrics)
 
-    def read(self, model: nn.Module) -> None:
+    def read(self) -> None:
         """Take up the scores of the tasks that are done.
 
         Raises:
@@ -71,7 +81,7 @@ class Record:
         """
         path = self.folder.results
         runs, content = read_outcomes(path)
-        check_same_run(path, content.get("settings"), settings_of(self.plan, model))
+        check_same_run(path, content.get("settings"), self._settings)
         (saved,) = runs[self.plan.method].values()
         self.matrix.take_over(saved.matrix)
         self.importance = saved.importance
@@ -79,12 +89,40 @@ class Record:
         self.history = content.get("history", [])
         self.costs = self._read_costs()[: self.done]
         self.steps = content.get("steps", [])
+        self.figures = content.get("figures", [])
+        self.tries = content.get("tries", [])
 
-    def begin(self, model: nn.Module) -> None:
+    def failed(self, index: int) -> list[dict[str, Any]]:
+        """The tries of task `index` that did not pass the gate as it is set now."""
+        name, allowed = self.plan.tasks[index].name, self.plan.sequence.max_forgetting
+        return [t for t in self.tries if (t["task"], t["allowed"]) == (name, allowed)]
+
+    def take_back(self, index: int) -> None:
+        """Forget the scores after task `index`, the last one."""
+        self.metrics.pop()
+        self.matrix.scores[index] = np.nan
+        for scores in self.matrix.others.values():
+            scores[index + 1] = np.nan
+
+    def add_figures(self, index: int, figures: Any) -> None:
+        """Keep what `after_task` returned after task `index`.
+
+        Raises:
+            TypeError: it is no dict of what JSON holds.
+        """
+        if not isinstance(figures, (Mapping, type(None))):
+            raise TypeError(
+                f"after_task returned a {type(figures).__name__}; a dict of figures, or None, can "
+                "be kept."
+            )
+        self.figures += [{}] * (index - len(self.figures))
+        self.figures.append(plain(figures or {}, []))
+
+    def begin(self) -> None:
         """Write that nothing is learnt yet."""
-        write_results(self.folder.results, self._runs(), self._details(model))
+        self.write_results()
 
-    def write(self, model: nn.Module) -> None:
+    def write(self) -> None:
         """Write results.json, and the report after the last task or one that took its time.
 
         Pictures take longer than a small task; if they fail, it is a warning.
@@ -92,16 +130,20 @@ class Record:
         costs = json.dumps([asdict(cost) for cost in self.costs], indent=2)
         write_atomically(self._costs_file, costs + "\n")
         if self.done < len(self.plan.tasks) and self.costs[-1].seconds < WORTH_A_REPORT:
-            write_results(self.folder.results, self._runs(), self._details(model))
+            self.write_results()
             return
-        notes, details = self._notes(model), self._details(model)
+        notes, details = self._notes(), self._details()
         write_report(self.folder.path, self._runs(), notes=notes, details=details)
 
-    def complete(self, model: nn.Module) -> None:
+    def complete(self) -> None:
         """Make the report of results that are there, if a kill came between the two."""
         results, report = self.folder.results, self.folder.path / "report.md"
         if not report.exists() or report.stat().st_mtime_ns < results.stat().st_mtime_ns:
-            write_pages(self.folder.path, self._runs(), notes=self._notes(model))
+            write_pages(self.folder.path, self._runs(), notes=self._notes())
+
+    def write_results(self) -> None:
+        """Write results.json alone."""
+        write_results(self.folder.results, self._runs(), self._details())
 
     def _runs(self) -> dict[str, dict[int, Outcome]]:
         outcome = Outcome(self.matrix, importance=self.importance)
@@ -117,11 +159,11 @@ class Record:
         except (OSError, ValueError, TypeError):
             return []  # no result depends on them
 
-    def _notes(self, model: nn.Module) -> list[str]:
+    def _notes(self) -> list[str]:
         plan = self.plan
         notes = [
             f"{self.done} of {len(plan.tasks)} tasks learnt; {plan.scenario}-incremental; "
-            f"{class_name(model)}, learning rate {plan.args.learning_rate:g}, "
+            f"{self._model}, learning rate {plan.args.learning_rate:g}, "
             f"seed {plan.args.seed}."
         ]
         if plan.config is not None:
@@ -132,11 +174,13 @@ class Record:
             notes.append(f"**{CLASS_INCREMENTAL}**")
         return notes
 
-    def _details(self, model: nn.Module) -> Mapping[str, Any]:
+    def _details(self) -> Mapping[str, Any]:
         return {
             "scenario": self.plan.scenario,
-            "settings": settings_of(self.plan, model),
+            "settings": self._settings,
             "metrics": self.metrics,
             "history": self.history,
             "steps": self.steps,
+            **({"figures": self.figures} if self.plan.after_task is not None else {}),
+            **({"tries": self.tries} if self.tries else {}),
         }

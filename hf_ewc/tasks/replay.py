@@ -72,7 +72,7 @@ def _evenly(count: int, sizes: Sequence[int], seed: list[int]) -> Replayed:
 
 def _of_each_class(data: Any, count: int, seed: int, task: int) -> list[int]:
     groups: dict[int | None, list[int]] = {}
-    for position, label in enumerate(_labels(data)):
+    for position, label in enumerate(labels_by_example(data)):
         groups.setdefault(label, []).append(position)
     order = np.random.default_rng([seed, task])
     found: list[int] = []
@@ -81,7 +81,7 @@ def _of_each_class(data: Any, count: int, seed: int, task: int) -> list[int]:
     return found
 
 
-def _labels(data: Any) -> list[int | None]:
+def labels_by_example(data: Any) -> list[int | None]:
     """The class of each example; None where its label is not one integer."""
     columns = getattr(data, "column_names", None)
     for name in ("labels", "label"):

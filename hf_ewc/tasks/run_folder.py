@@ -24,7 +24,7 @@ OWN_FILES = (
 _WRITTEN = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "training_args.bin"),
     *("generation_config.json", "adapter_model*.safetensors", "adapter_config.json"),
-    *("ewc_state.json", "ewc_state*.safetensors", "heads.json", "heads.safetensors"),
+    *("ewc_state.json", "ewc_state*.safetensors", "heads.safetensors"),
     *("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"),
     *("rng_state*.pth", "pytorch_model*.bin", "latest", "zero_to_fp32.py"),
     *("tokenizer*.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
@@ -142,10 +142,15 @@ def _written_in(folder: Path) -> Iterator[Path]:
 
 def _saved_in(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and (path / "adapter_config.json").is_file():
+        if path.is_dir() and _is_part(path):
             yield from _saved_in(path)
         elif _is_like(path, _WRITTEN_FOLDERS if path.is_dir() else _WRITTEN):
             yield path
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether a folder beside a saved model is another adapter, or the state of a head."""
+    return folder.name.startswith("head-") or (folder / "adapter_config.json").is_file()
 
 
 def _is_like(path: Path, patterns: Sequence[str]) -> bool:

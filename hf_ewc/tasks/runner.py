@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +11,6 @@ from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.metrics import AccuracyMatrix
-from hf_ewc.report import Cost
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.checks import (
     check_data,
@@ -24,38 +21,15 @@ from hf_ewc.tasks.checks import (
     check_tasks,
     check_types,
 )
-from hf_ewc.tasks.history import Entry
-from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.plan import AfterTask, Plan
+from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
 from hf_ewc.tasks.sequence_config import SequenceConfig
-from hf_ewc.tasks.task import LOWER_IS_BETTER, Figures, Metrics, Task
+from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
 from hf_ewc.tasks.task_run import TaskRun
 from hf_ewc.training.trainer import EWCTrainer
 
 logger = logging.getLogger("hf_ewc")
-
-
-@dataclass
-class TaskResults:
-    """What `run_tasks` returns.
-
-    Attributes:
-        matrix: R[i, j], the score on task j after training task i.
-        metrics: everything evaluation gave, `metrics[i][name]` after training task i.
-        output_dir: where results.json, report.md, the plots and each task's model are.
-        model: the model after the last task.
-        state: the EWC state after the last task, None without EWC.
-        cost: seconds, and peak memory in bytes, of training, Fisher and evaluation, over all calls.
-        history: what was logged while training task i, `history[i]`: steps, losses, learning rates.
-    """
-
-    matrix: AccuracyMatrix
-    metrics: list[dict[str, Figures]]
-    output_dir: Path
-    model: nn.Module
-    state: EWCState | None = None
-    history: list[list[Entry]] = field(default_factory=list)
-    cost: Cost = field(default_factory=Cost)
 
 
 def run_tasks(
@@ -75,6 +49,7 @@ def run_tasks(
     joint: Sequence[float] | Mapping[str, float] | None = None,
     scenario: str | None = None,
     log_likelihood: Callable[..., Any] | None = None,
+    after_task: AfterTask | None = None,
     resume: bool = True,
     **trainer_kwargs: Any,
 ) -> TaskResults:
@@ -108,6 +83,8 @@ def run_tasks(
         joint: scores by task of a model trained jointly, which intransigence needs.
         scenario: "task", "domain" or "class"; None looks at `classes` and the labels.
         log_likelihood: for heads whose likelihood is not known, as `consolidate` takes it.
+        after_task: called as `after_task(trainer, task, results)` after each task, with the results
+            so far; the figures that it returns, in a dict or None, are kept in results.json.
         resume: False begins anew and removes what an earlier run wrote for these tasks, but for
             nothing else.
         trainer_kwargs: for the trainer's constructor, such as `callbacks` or `processing_class`.
@@ -116,6 +93,8 @@ def run_tasks(
         ValueError: no tasks, names that repeat, labels outside a task's classes, a metric that
             evaluation did not return, an output folder that holds a different run or is in use by
             one, or fewer processes than were asked for.
+        ForgettingError: more was lost of an earlier task than `max_forgetting` allows; the model
+            before is kept.
         TypeError: an argument of another type, or `ewc_config` is given and `trainer_class` cannot
             consolidate.
     """
@@ -134,6 +113,7 @@ def run_tasks(
         evaluate_also=evaluate_also,
         scenario=scenario,
         log_likelihood=log_likelihood,
+        after_task=after_task,
         **trainer_kwargs,
     )
     state = EWCState.from_pretrained(ewc_state) if isinstance(ewc_state, str) else ewc_state
@@ -152,15 +132,7 @@ def run_tasks(
         logger.warning(CLASS_INCREMENTAL)
     with run.started(resume):
         run.learn_all()
-    return TaskResults(
-        matrix=matrix,
-        metrics=run.record.metrics,
-        output_dir=run.folder.path,
-        model=run.model,
-        state=run.state,
-        history=run.record.history,
-        cost=sum(run.record.costs, Cost()),
-    )
+    return run.results
 
 
 def planned(
@@ -177,6 +149,7 @@ def planned(
     evaluate_also: Sequence[Task] = (),
     scenario: str | None = None,
     log_likelihood: Callable[..., Any] | None = None,
+    after_task: AfterTask | None = None,
     **trainer_kwargs: Any,
 ) -> Plan:
     """The plan of a run, whose arguments are all looked at here, before anything is done."""
@@ -186,7 +159,7 @@ def planned(
     check_names([*tasks, *evaluate_also])
     check_data(tasks, data_collator)
     check_tasks(tasks, args, ewc_config, trainer_class, scenario)
-    check_sequence(tasks, args, trainer_class, sequence)
+    check_sequence(tasks, args, trainer_class, sequence, ewc_config)
     for task in (*tasks, *evaluate_also):
         check_score(task, task.compute_metrics or compute_metrics)
     return Plan(
@@ -202,5 +175,6 @@ def planned(
         scenario=scenario or guess_scenario([(t.train_dataset, t.classes) for t in tasks]),
         sequence=sequence,
         log_likelihood=log_likelihood,
+        after_task=after_task,
         trainer_kwargs=trainer_kwargs,
     )

@@ -14,7 +14,9 @@ from hf_ewc.parameters.names import class_name
 from hf_ewc.parameters.sharding import whole_shape
 from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.evaluation import metrics_of
+from hf_ewc.tasks.heads import Head, as_head
 from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.sequence_config import OF_THE_GATE
 from hf_ewc.tasks.task import Task
 
 # The training arguments that a run must share with the one it goes on from.
@@ -46,7 +48,11 @@ def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
         "evaluate_unseen": plan.evaluate_unseen,
         "evaluate_also": [_settings_of_task(task, plan, model) for task in plan.evaluate_also],
         "ewc_config": None if plan.config is None else asdict(plan.config),
-        "sequence_config": plan.sequence.changes(),
+        "sequence_config": {
+            name: value
+            for name, value in plan.sequence.changes().items()
+            if name not in OF_THE_GATE  # a run that stopped there may go on with another
+        },
         "args": {name: getattr(plan.args, name, None) for name in RECORDED},
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
@@ -62,8 +68,15 @@ def _settings_of_task(task: Task, plan: Plan, model: nn.Module) -> dict[str, Any
         "examples": [length(task.train_dataset), length(task.eval_dataset)],
         "training_args": own_arguments(task, plan.args),
         "weight": task.weight,
+        "head": _settings_of_head(as_head(task.head)),
         "fisher_examples": length(task.fisher_dataset),
     }
+
+
+def _settings_of_head(head: Head | None) -> dict[str, Any] | None:
+    if head is None:
+        return None
+    return {**vars(head), "model_class": qualified_name(head.model_class)}
 
 
 def qualified_name(metrics: Any) -> str | None:

@@ -11,6 +11,7 @@ from hf_ewc.config import _help as described
 
 KEPT = ("all", "last")
 AVERAGES = ("none", "mean", "constant", "fisher")
+OF_THE_GATE = ("max_forgetting", "gate_retries", "gate_factor")
 
 
 @dataclass
@@ -69,6 +70,28 @@ class SequenceConfig:
             "task on (Li et al. 2018). At least 0."
         ),
     )
+    weight_average: str = field(
+        default="none",
+        metadata=described(
+            "After each task θ ← (1 − α) θ* + α θ, θ* the weights that it began with: 'mean', "
+            "α = 1/k after the k-th task; 'constant', α = weight_average_alpha. 'fisher': the "
+            "average of all tasks' weights that their Fishers weigh (with ewc_mode 'separate').",
+            choices=AVERAGES,
+        ),
+    )
+    weight_average_alpha: float = field(
+        default=0.5, metadata=described("α of weight_average 'constant'. 0 to 1.")
+    )
+    distillation_weight: float = field(
+        default=0.0,
+        metadata=described(
+            "Weight of the divergence from the model before the task, on the new inputs and what "
+            "earlier tasks knew (learning without forgetting, Li & Hoiem 2016). At least 0."
+        ),
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata=described("Temperature of the distillation. Above 0.")
+    )
     trained_modules: list[str] | str | None = field(
         default=None,
         metadata=described(
@@ -91,6 +114,23 @@ class SequenceConfig:
             "parameter, or a regular expression for one; the longest match wins."
         ),
     )
+    max_forgetting: float | None = field(
+        default=None,
+        metadata=described(
+            "The most by which an earlier task's score may fall below its best; a task after which "
+            "it has fallen by more is tried again (gate_retries), then the run stops."
+        ),
+    )
+    gate_retries: int = field(
+        default=0,
+        metadata=described(
+            "How often such a task is tried again, each time with gate_factor times the strength "
+            "of EWC and L2-SP."
+        ),
+    )
+    gate_factor: float = field(
+        default=10.0, metadata=described("Factor of the strength for each new try. Above 0.")
+    )
     keep_models: str = field(
         default="all",
         metadata=described(
@@ -99,10 +139,16 @@ class SequenceConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("replay_share", "head_warmup_share"):
+        for name in ("replay_share", "head_warmup_share", "weight_average_alpha"):
             setattr(self, name, _number(name, getattr(self, name), low=0.0, high=1.0))
-        self.l2sp_lambda = _number("l2sp_lambda", self.l2sp_lambda, low=0.0)
-        for name in ("replay_per_class", "replay_size", "replay_seed"):
+        for name in ("l2sp_lambda", "distillation_weight"):
+            setattr(self, name, _number(name, getattr(self, name), low=0.0))
+        for name in ("distillation_temperature", "gate_factor"):
+            setattr(self, name, _number(name, getattr(self, name), low=0.0, open_low=True))
+        if self.max_forgetting is not None:
+            self.max_forgetting = _number("max_forgetting", self.max_forgetting, low=0.0)
+        _choice("weight_average", self.weight_average, AVERAGES)
+        for name in ("replay_per_class", "replay_size", "replay_seed", "gate_retries"):
             setattr(self, name, _integer(name, getattr(self, name), low=0))
         _boolean("joint_training", self.joint_training)
         _choice("keep_models", self.keep_models, KEPT)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -95,6 +97,9 @@ class SequenceMixin(_Base):
                 loss = self._loss_with_terms(model, part, False, **kwargs)
             losses.append(loss * (counts[name] / sum(counts.values())))
         total: Tensor = sum(losses[1:], losses[0])
+        if self.accelerator.num_processes > 1:
+            # DDP waits for every gradient, also of heads that this process had no example for.
+            total = total + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         return total * self._share_of_step(None)
 
     def _share_of_step(self, num_items: Any) -> float:
@@ -120,6 +125,24 @@ class SequenceMixin(_Base):
         if is_new and self.additions.factors:
             with_factors(optimizer, cast(nn.Module, self.model), self.additions.factors)
         return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent, with all heads beside the model where all of them are trained."""
+        heads = self.additions.space.heads
+        if heads is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with heads.unregistered():
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save and output_dir is not None:
+            heads.save(Path(output_dir))
+
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        heads = self.additions.space.heads
+        with nullcontext() if heads is None else heads.unregistered():
+            super()._load_from_checkpoint(folder, model)
+        if heads is not None:
+            heads.load(Path(folder))
 
 
 def sequence_trainer(trainer_class: type[Any]) -> type[Any]:

@@ -31,6 +31,9 @@ class Task:
             `evaluate.load` knows, whose figures come beside the accuracy.
         metric: which entry of the metrics is the score; more is better, but for "loss" and
             "perplexity" (of a language model, per token), which are taken with the other sign.
+        head: a head of the task's own over the shared backbone: a number of labels, or a
+            `hf_ewc.tasks.Head` (or its arguments in a dict), with another problem type or the head
+            of another model class. Without it the task has the head that the model came with.
         training_args: settings of `TrainingArguments` in place of the run's, such as
             `{"num_train_epochs": 5, "learning_rate": 1e-4}`.
         weight: of the task in the sum of penalties.
@@ -44,6 +47,7 @@ class Task:
     data_collator: Callable[..., Any] | None = None
     compute_metrics: Metrics | str | Sequence[str] | None = None
     metric: str = "accuracy"
+    head: Any = None
     training_args: Mapping[str, Any] | None = None
     weight: float = 1.0
     fisher_dataset: Any = None

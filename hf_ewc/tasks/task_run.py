@@ -6,40 +6,41 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import ProgressCallback, set_seed
+from transformers import ProgressCallback, TrainingArguments, set_seed
 
 from hf_ewc.metrics import AccuracyMatrix
-from hf_ewc.parameters.names import parameters_by_name, unwrap
+from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_dtensor, is_sharded
 from hf_ewc.processes import check_launch
-from hf_ewc.report import measured
+from hf_ewc.report import Cost, measured
 from hf_ewc.state.by_layer import importance_by_layer
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.arguments import arguments_of
 from hf_ewc.tasks.blueprint import Blueprint
 from hf_ewc.tasks.evaluation import evaluate, metrics_of, warn_of_lost
 from hf_ewc.tasks.folder_lock import only_run_in
-from hf_ewc.tasks.head import head_names
+from hf_ewc.tasks.gate import lost, refusal
 from hf_ewc.tasks.history import history_of
-from hf_ewc.tasks.l2_sp import with_l2_sp
 from hf_ewc.tasks.label_space import LabelSpace
-from hf_ewc.tasks.learning_rates import learning_rate_factors, only_these_train, trained_names
+from hf_ewc.tasks.learning_rates import only_these_train
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process, is_main
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.progress import TaskProgress
+from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.record import Record
+from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
 from hf_ewc.tasks.task import Figures, Task, score_of
 from hf_ewc.tasks.tracking import SequenceTracker
 from hf_ewc.tasks.training_data import TrainingData, training_data
-from hf_ewc.tasks.warm_up import HeadWarmUp
+from hf_ewc.tasks.ways import additions, adds_to_steps, average, trained
 from hf_ewc.training.checkpoints import newest_whole_checkpoint
 from hf_ewc.training.converted_weights import needs_conversion
 from hf_ewc.training.saved_weights import load_weights
@@ -61,10 +62,11 @@ class TaskRun:
     def __init__(
         self, plan: Plan, model: nn.Module, state: EWCState | None, matrix: AccuracyMatrix
     ) -> None:
-        self.plan, self.model, self.state = plan, model, state
+        self.plan, self.model = plan, model
         self.folder = RunFolder(str(plan.args.output_dir), plan.tasks)
-        self.record = Record(plan, self.folder, matrix)
-        self.space = LabelSpace(model, plan.tasks)
+        self.record = Record(plan, self.folder, matrix, model)
+        self.space = LabelSpace(model, plan.tasks, plan.args.seed)
+        self.protection = Protection(plan, self.space, model, state)
         self._collator: Any = None
         self._blueprint: Blueprint | None = None
         self._beginning = _copied(model) if plan.sequence.joint_training else {}
@@ -95,36 +97,108 @@ class TaskRun:
 
     def _begin(self) -> None:
         self.folder.clear()
-        self.record.begin(self.model)
+        self.record.begin()
+
+    @property
+    def results(self) -> TaskResults:
+        """What the run has come to so far."""
+        record = self.record
+        return TaskResults(
+            matrix=record.matrix,
+            metrics=record.metrics,
+            output_dir=self.folder.path,
+            model=self.model,
+            state=self.protection.state,
+            history=record.history,
+            cost=sum(record.costs, Cost()),
+            figures=record.figures,
+        )
 
     def learn_all(self) -> None:
         """Learn the tasks that are not learnt yet."""
         if self.record.done == len(self.plan.tasks):
-            by_main_process(lambda: self.record.complete(self.model))
+            by_main_process(self.record.complete)
         with self.space, self._progress() as progress, self._tracked():
+            self._make_up_for_figures()
             for index in range(self.record.done, len(self.plan.tasks)):
                 self._learn(index, progress)
 
     def _learn(self, index: int, progress: TaskProgress | None) -> None:
         """Train, consolidate and evaluate one task, and save everything."""
-        if self.plan.sequence.joint_training and index:
-            self._begin_again()
         with measured() as cost:
-            trainer = self._learnt(index, progress)
+            trainer = self._passed(index, progress)
+        state = self.protection.state
         self.record.costs.append(cost)
         self.record.history.append(history_of(trainer.state.log_history))
         self.record.steps.append(trainer.state.global_step)
-        self.record.importance = None if self.state is None else importance_by_layer(self.state)
+        self.record.importance = None if state is None else importance_by_layer(state)
         by_main_process(lambda: self._keep(index))
+        self._call_user(trainer, index)
         if index + 1 < len(self.plan.tasks):
             self._make_whole()
 
-    def _learnt(self, index: int, progress: TaskProgress | None) -> Any:
-        """The trainer that has trained, consolidated, scored and saved the task."""
-        data = training_data(self.plan, index, self.space.tells_tasks_apart)
+    def _passed(self, index: int, progress: TaskProgress | None) -> Any:
+        """The trainer of the task, saved once no more is lost of earlier ones than allowed.
+
+        Raises:
+            ForgettingError: too much was lost by every try.
+        """
+        sequence, record = self.plan.sequence, self.record
+        while len(failed := record.failed(index)) <= sequence.gate_retries:
+            factor = sequence.gate_factor ** len(failed)
+            trainer = self._learnt(index, progress, factor)
+            allowed = sequence.max_forgetting
+            found = {} if allowed is None else lost(record.matrix, index, allowed)
+            if not found:
+                self._save(trainer, index)
+                return trainer
+            entry = {"allowed": allowed, "factor": factor, "lost": found}
+            record.tries.append({"task": self.plan.tasks[index].name, **entry})
+            record.take_back(index)
+            self._make_whole()
+            self._load(index)
+            by_main_process(lambda: self._discard(index))
+        name = self.plan.tasks[index].name
+        raise refusal(name, failed, self.folder.model(index - 1))
+
+    def _discard(self, index: int) -> None:
+        self.record.write_results()
+        self.folder.remove_model(index)
+
+    def _save(self, trainer: Any, index: int) -> None:
+        self._tracker.after_task(self.record.metrics[-1], self.record.matrix)
+        trainer.save_model(str(self.folder.model(index)))
+        trainer.accelerator.wait_for_everyone()
+        by_main_process(lambda: self._save_heads(index))
+
+    def _call_user(self, trainer: Any, index: int) -> None:
+        """Let the user's function look at the task, and keep its figures."""
+        if self.plan.after_task is None:
+            return
+        figures = self.plan.after_task(trainer, self.plan.tasks[index], self.results)
+        self.record.add_figures(index, figures)
+        by_main_process(self.record.write_results)
+
+    def _make_up_for_figures(self) -> None:
+        """Call the user's function for a task after which an earlier process was killed."""
+        index = self.record.done - 1
+        if self.plan.after_task is None or index < 0 or len(self.record.figures) > index:
+            return
+        self._call_user(self._trainer(index, training_data(self.plan, index, self.space)), index)
+
+    def _learnt(self, index: int, progress: TaskProgress | None, factor: float) -> Any:
+        """The trainer that has trained, consolidated and scored the task."""
+        if self.plan.sequence.joint_training and index:
+            self._begin_again()
+        self.space.put(self.plan.tasks[index])
+        data = training_data(self.plan, index, self.space)
         if data.replayed is not None:
             by_main_process(lambda: self.folder.note_replay(index, data.replayed or {}))
-        trainer = self._trainer(index, data)
+        trainer = self._trainer(index, data, factor)
+        if self.space.heads is not None and (
+            trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        ):
+            raise ValueError("head= does not go with FSDP or DeepSpeed yet; use DDP.")
         if trainer.is_fsdp_enabled:
             _check_saves_whole(trainer)
             self._draw_blueprint()
@@ -138,12 +212,15 @@ class TaskRun:
             self._score_untrained(trainer)
         self._train(trainer, index, data)
         self._score(trainer, index)
-        trainer.save_model(str(self.folder.model(index)))
-        trainer.accelerator.wait_for_everyone()
         return trainer
 
+    def _save_heads(self, index: int) -> None:
+        if self.space.heads is not None:
+            self.space.heads.save(self.folder.model(index))
+            self.protection.save_heads(self.folder.model(index))
+
     def _keep(self, index: int) -> None:
-        self.record.write(self.model)
+        self.record.write()
         if self.plan.sequence.keep_models == "last":
             for earlier in range(index):
                 self.folder.remove_model(earlier)
@@ -152,55 +229,35 @@ class TaskRun:
         """Put the model back to where the first task began."""
         if any(map(is_sharded, self.model.parameters())):
             raise ValueError("joint_training does not go with models in shards (FSDP, ZeRO-3).")
+        if self.space.heads is not None:
+            self.space.heads.begin_again()
         unwrap(self.model).load_state_dict(self._beginning)
 
     def _train(self, trainer: Any, index: int, data: TrainingData) -> None:
         """Train the task as the plan asks, and fold it into the state."""
         plan, task = self.plan, self.plan.tasks[index]
         collator = trainer.data_collator
-        with self.space.of(task if plan.mask_training else None):
+        with self.space.of(task, plan.mask_training):
             set_seed(trainer.args.seed)
             trainer.data_collator = data.collator(trainer, plan, self._collator)
-            with only_these_train(self.model, self._trained_names()):
-                self._attach(trainer)
+            with self._all_heads(data), only_these_train(self.model, trained(plan, self.model)):
+                if isinstance(trainer, SequenceMixin):
+                    trainer.additions = additions(plan, index, self.model, self.space)
+                mean = average(plan, index, self.model, self.protection)
                 trainer.train(resume_from_checkpoint=self._checkpoint(trainer))
+            if mean is not None:
+                mean.apply(self.model)
             trainer.data_collator = collator
             if plan.config is not None:
-                self.state = self._consolidate(trainer, index, data)
+                self.protection.consolidate(trainer, index, data)
+            if plan.sequence.weight_average == "fisher" and index:
+                trainer.ewc_state.merge(self.model)
 
-    def _trained_names(self) -> list[str]:
-        sequence = self.plan.sequence
-        if sequence.trained_modules is None and sequence.frozen_modules is None:
-            return list(parameters_by_name(self.model))
-        return trained_names(self.model, sequence)
-
-    def _attach(self, trainer: Any) -> None:
-        """What a sequence adds to the trainer's steps."""
-        if not isinstance(trainer, SequenceMixin):
-            return
-        sequence = self.plan.sequence
-        trainer.additions.factors = learning_rate_factors(
-            self.model, cast("dict[str, float]", sequence.learning_rate_factors or {})
-        )
-        if sequence.head_warmup_share:
-            trainer.additions.warm_up = HeadWarmUp(
-                self.model, head_names(self.model), sequence.head_warmup_share
-            )
-
-    def _consolidate(self, trainer: Any, index: int, data: TrainingData) -> EWCState:
-        task = self.plan.tasks[index]
-        given: dict[str, Any] = {}
-        if self.plan.log_likelihood is not None:
-            given["log_likelihood"] = self.plan.log_likelihood
-        dataset = task.fisher_dataset
-        if dataset is None:
-            dataset = data.own_part(trainer.train_dataset, index)
-        if dataset is None and data.places is not None:
-            dataset = task.train_dataset
-        if self.plan.sequence.l2sp_lambda and index:
-            trainer.ewc_config, trainer.ewc_state = self.plan.config, self.state or EWCState()
-        state: EWCState = trainer.consolidate(dataset, name=task.name, weight=task.weight, **given)
-        return state
+    def _all_heads(self, data: TrainingData) -> AbstractContextManager[None]:
+        """All heads in the model, where a batch may have examples for any of them."""
+        if self.space.heads is None or not data.tagged:
+            return nullcontext()
+        return self.space.heads.all_registered()
 
     def _checkpoint(self, trainer: Any) -> str | None:
         """The newest whole checkpoint of the task, None to begin it anew."""
@@ -224,7 +281,6 @@ class TaskRun:
                 matrix[index, task.name] = score
         self._score_others(scores, index + 1)
         self.record.metrics.append(scores)
-        self._tracker.after_task(scores, matrix)
 
     def _score_untrained(self, trainer: Any) -> None:
         """Enter the scores before the first task, as far as they are asked for."""
@@ -244,21 +300,21 @@ class TaskRun:
     def _evaluate(self, trainer: Any, tasks: Sequence[Task]) -> dict[str, Figures]:
         return evaluate(trainer, tasks, self.plan, self.space, self._collator)
 
-    def _trainer(self, index: int, data: TrainingData) -> Any:
+    def _trainer(self, index: int, data: TrainingData, factor: float = 1.0) -> Any:
         plan, task = self.plan, self.plan.tasks[index]
         # An accelerator with DeepSpeed is the only one, until its state is reset.
         AcceleratorState._reset_state()
         trainer_class = plan.trainer_class
-        if self._adds_to_steps(data):
+        if adds_to_steps(plan, index, data):
             trainer_class = sequence_trainer(trainer_class)
         trainer = trainer_class(
             model=self.model,
-            args=arguments_of(task, plan.args, index, str(self.folder.task(index))),
+            args=self._arguments(index, data),
             train_dataset=data.dataset,
             eval_dataset=task.eval_dataset,
             data_collator=plan.data_collator,
             compute_metrics=metrics_of(task, plan, self.model),
-            **self._protection(index),
+            **self.protection.given(index, self.model, factor),
             **plan.trainer_kwargs,
         )
         self._collator = trainer.data_collator  # the plan's, or the trainer's default
@@ -267,37 +323,36 @@ class TaskRun:
             trainer.additions = Additions(plan.tasks, self.space)
         return trainer
 
-    def _adds_to_steps(self, data: TrainingData) -> bool:
-        sequence = self.plan.sequence
-        return bool(data.tagged or sequence.head_warmup_share or sequence.learning_rate_factors)
-
-    def _protection(self, index: int) -> dict[str, Any]:
-        """State and settings of the penalty while task `index` trains."""
-        config, strength = self.plan.config, self.plan.sequence.l2sp_lambda
-        if strength and index:
-            state, config = with_l2_sp(
-                self.state or EWCState(), config, self.model, strength, set()
-            )
-            return {"ewc_config": config, "ewc_state": state}
-        return {} if config is None else {"ewc_config": config, "ewc_state": self.state}
+    def _arguments(self, index: int, data: TrainingData) -> TrainingArguments:
+        task, folder = self.plan.tasks[index], str(self.folder.task(index))
+        args = arguments_of(task, self.plan.args, index, folder)
+        if data.apart:  # several forwards in a step; see `SequenceMixin`
+            args.ddp_find_unused_parameters = args.ddp_broadcast_buffers = False
+        return args
 
     def _restore(self) -> None:
         """Take up scores, weights and state of the tasks that are done."""
-        self.record.read(self.model)
+        self.record.read()
         done = self.record.done
         if not done:
             return
-        folder = self.folder.model(done - 1)
         if is_main():
             logger.warning(
                 "%d of %d tasks were done before; going on from %s.",
                 done,
                 len(self.plan.tasks),
-                folder,
+                self.folder.model(done - 1),
             )
+        self._load(done)
+
+    def _load(self, done: int) -> None:
+        """Weights and state as they were after so many tasks, at least one."""
+        folder = self.folder.model(done - 1)
+        self.space.put(self.plan.tasks[done - 1])
         load_weights(self.model, folder)
-        if self.plan.config is not None:
-            self.state = EWCState.from_pretrained(str(folder))
+        if self.space.heads is not None and any(t.head for t in self.plan.tasks[:done]):
+            self.space.heads.load(folder)
+        self.protection.load(folder, self.model)
 
     def _progress(self) -> AbstractContextManager[TaskProgress | None]:
         """One bar for all tasks, which takes the place of each trainer's own."""

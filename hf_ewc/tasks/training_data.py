@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.mixture import MixtureCollator, Place, joint_places, mixed, places_with_replay
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.replay import Replayed, replayed_in
@@ -50,17 +51,14 @@ class TrainingData:
         return MixtureCollator(cleaned, self.apart)
 
 
-def training_data(plan: Plan, index: int, tells_apart: bool) -> TrainingData:
-    """What task `index` is trained on.
-
-    Args:
-        tells_apart: whether the model shows something else to each task.
-    """
+def training_data(plan: Plan, index: int, space: LabelSpace) -> TrainingData:
+    """What task `index` is trained on; `space` says whether tasks see the model differently."""
     sources = [task.train_dataset for task in plan.tasks[: index + 1]]
     if not index or not (plan.sequence.replays or plan.sequence.joint_training):
         return TrainingData(sources[index])
-    apart = len({id(task.data_collator) for task in plan.tasks}) > 1
-    tagged = tells_apart or apart
+    collators = {id(task.data_collator) for task in plan.tasks}
+    apart = space.heads is not None or len(collators) > 1
+    tagged = apart or space.has_classes
     if plan.sequence.joint_training:
         places = joint_places([len(data) for data in sources], plan.args.seed)
         return TrainingData(mixed(sources, places, tagged), places, tagged, apart)

@@ -37,7 +37,8 @@ class WeightsInUse:
 
     def forget(self) -> None:
         """Training has gone on."""
-        self._use, self._sample = "", torch.zeros(0)
+        self._use: str = ""
+        self._sample: dict[int, float] = {}
         self._said = False
 
     def note(self, use: str, model: nn.Module) -> None:
@@ -45,7 +46,7 @@ class WeightsInUse:
         sample = _sample(model)
         if not self._use:
             self._use, self._sample = use, sample
-        elif not self._said and not torch.equal(sample, self._sample):
+        elif not self._said and _differ(sample, self._sample):
             self._said = True
             logger.warning(
                 "The weights that were %s are not those that were %s, without training in between: "
@@ -57,8 +58,16 @@ class WeightsInUse:
 
 
 @torch.no_grad()
-def _sample(model: nn.Module) -> torch.Tensor:
-    """A value from the middle of each parameter, or of this process's part of it."""
+def _sample(model: nn.Module) -> dict[int, float]:
+    """A value from the middle of each parameter, or of this process's part of it, by identity.
+
+    Parameters that are exchanged for others, as those of another task's head, are not compared.
+    """
     sharding.reshard(model)
-    parts = [sharding.local_part(p).reshape(-1) for p in parameters_by_name(model).values()]
-    return torch.tensor([float(part[len(part) // 2]) for part in parts if len(part)])
+    parameters = parameters_by_name(model).values()
+    parts = {id(p): sharding.local_part(p).reshape(-1) for p in parameters}
+    return {key: float(part[len(part) // 2]) for key, part in parts.items() if len(part)}
+
+
+def _differ(one: dict[int, float], other: dict[int, float]) -> bool:
+    return any(value != other[key] for key, value in one.items() if key in other)

@@ -1,0 +1,128 @@
+"""What holds a model to earlier tasks while it learns the next: the EWC state, and L2-SP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_ewc.config import EWCConfig
+from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.tasks.head import head_names
+from hf_ewc.tasks.head_state import joined, split
+from hf_ewc.tasks.heads import as_head, heads_of, key_of
+from hf_ewc.tasks.l2_sp import with_l2_sp
+from hf_ewc.tasks.label_space import LabelSpace
+from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.task import Task
+from hf_ewc.tasks.training_data import TrainingData
+
+
+class Protection:
+    """The state as it goes from task to task, that of each task's own head kept apart.
+
+    Args:
+        plan: of the run.
+        space: whether tasks have heads of their own.
+        model: as it is before the first task.
+        state: what protects it already then.
+
+    Attributes:
+        state: of the backbone, or of the whole model where all tasks share its head; None before
+            the first task and without EWC.
+    """
+
+    def __init__(
+        self, plan: Plan, space: LabelSpace, model: nn.Module, state: EWCState | None
+    ) -> None:
+        self._plan, self._space = plan, space
+        self._of_heads: dict[str | None, EWCState] = {}
+        self.state = state
+        if state and space.heads is not None:
+            self.state, self._of_heads[None] = split(state, head_names(model))
+
+    def given(self, index: int, model: nn.Module, factor: float = 1.0) -> dict[str, Any]:
+        """State and settings for the trainer of task `index`, as its arguments.
+
+        Args:
+            factor: of all strengths.
+        """
+        config, strength = self._plan.config, factor * self._plan.sequence.l2sp_lambda
+        if config is not None and factor != 1.0:
+            config = stronger(config, factor)
+        state = self._of(self._plan.tasks[index])
+        if strength and index:
+            state, config = with_l2_sp(state, config, model, strength, self.new_head(index, model))
+        return {} if config is None else {"ewc_config": config, "ewc_state": state}
+
+    def consolidate(self, trainer: Any, index: int, data: TrainingData) -> None:
+        """Fold the task into the state; what is of its own head is kept apart."""
+        plan, task = self._plan, self._plan.tasks[index]
+        given: dict[str, Any] = {}
+        if plan.log_likelihood is not None:
+            given["log_likelihood"] = plan.log_likelihood
+        dataset = task.fisher_dataset
+        if dataset is None:
+            dataset = data.own_part(trainer.train_dataset, index)
+        if dataset is None and data.places is not None:
+            dataset = task.train_dataset
+        if trainer.ewc_config is not plan.config:  # in force while training: L2-SP, more strength
+            trainer.ewc_config, trainer.ewc_state = plan.config, self._of(task)
+        state = trainer.consolidate(dataset, name=task.name, weight=task.weight, **given)
+        self._take(state, task, trainer.model)
+
+    def _take(self, state: EWCState, task: Task, model: nn.Module) -> None:
+        self.state = state
+        if self._space.heads is None:
+            return
+        self.state, of_head = split(state, head_names(model))
+        head = as_head(task.head)
+        if head is None or head.protected:
+            self._of_heads[key_of(task)] = of_head
+
+    def save_heads(self, folder: Path) -> None:
+        """Write the states of the heads beside a model; only the main process does."""
+        for i, key in enumerate(self._keys()):
+            if key in self._of_heads:
+                self._of_heads[key].save_pretrained(folder / f"head-{i}", is_main_process=True)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """Take back what was saved with the model in `folder`, whose head is in place."""
+        if self._plan.config is None:
+            return
+        self.state = EWCState.from_pretrained(str(folder))
+        if self._space.heads is None:
+            return
+        self.state, _ = split(self.state, head_names(model))
+        for i, key in enumerate(self._keys()):
+            if (folder / f"head-{i}").is_dir():
+                self._of_heads[key] = EWCState.from_pretrained(folder / f"head-{i}")
+
+    def _of(self, task: Task) -> EWCState:
+        """The state of the backbone, with that of the task's head."""
+        return joined(self.state or EWCState(), self._of_heads.get(key_of(task)))
+
+    def _keys(self) -> list[str | None]:
+        """Of the heads, the model's own first; those of further tasks come behind."""
+        return [None, *heads_of(self._plan.tasks)]
+
+    def new_head(self, index: int, model: nn.Module) -> set[str]:
+        """The parameters of the task's head, if no task before had it."""
+        keys = [key_of(task) for task in self._plan.tasks[: index + 1]]
+        return set() if keys[-1] in keys[:-1] else set(head_names(model))
+
+
+def stronger(config: EWCConfig, factor: float) -> EWCConfig:
+    """The settings with every λ multiplied."""
+    by_layer = config.ewc_layer_lambdas
+    return replace(
+        config,
+        ewc_lambda=factor * config.ewc_lambda,
+        ewc_layer_lambdas=(
+            {pattern: factor * value for pattern, value in by_layer.items()}
+            if isinstance(by_layer, dict)
+            else None
+        ),
+    )
