@@ -6,8 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
@@ -18,26 +17,20 @@ from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.processes import check_launch, uninterrupted
 from hf_ewc.state.consolidation import Settings
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.training import checkpoints, deepspeed, model_card
+from hf_ewc.training import deepspeed, model_card
 from hf_ewc.training.active_penalty import ActivePenalty
-from hf_ewc.training.converted_weights import load_converted
 from hf_ewc.training.estimation import fisher_of
-from hf_ewc.training.final_weights import WeightsInUse, use_final_weights
+from hf_ewc.training.final_weights import use_final_weights
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
 from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
 from hf_ewc.training.preferences import Likelihood
 from hf_ewc.training.refusals import check_space, check_supported
+from hf_ewc.training.state_holder import StateHolder
 
 logger = logging.getLogger("hf_ewc")
 
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
-
-
-class EWCMixin(_Base):
+class EWCMixin(StateHolder):
     """Elastic Weight Consolidation for any subclass of the Trainer.
 
     >>> class EWCSFTTrainer(EWCMixin, SFTTrainer): ...
@@ -69,16 +62,13 @@ class EWCMixin(_Base):
                 f"ewc_config is a {type(ewc_config).__name__}; needed is an EWCConfig, such as "
                 "EWCConfig(ewc_lambda=1e3)."
             )
-        self._ewc_requested = ewc_config is not None
         self.ewc_config = ewc_config if ewc_config is not None else EWCConfig()
-        self._ewc_state = EWCState()
         self._ewc_penalty: ActivePenalty | None = None
         self._ewc_entry: OncePerStep | None = None
         self._ewc_has_begun = False  # whether this train() has taken its first step
         self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
-        self._ewc_weights_in_use = WeightsInUse()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, ewc_config=ewc_config, **kwargs)
         self.add_callback(_RunBegins(self._ewc_expect_run))
         if self._ewc_requested or ewc_state is not None:
             check_launch(self.accelerator.num_processes)
@@ -87,45 +77,6 @@ class EWCMixin(_Base):
             self.ewc_state = ewc_state
         if self._ewc_requested and self.model is not None:
             self._ewc_check_patterns()
-
-    @property
-    def ewc_state(self) -> EWCState:
-        """What the tasks consolidated so far left behind; empty before the first."""
-        return self._ewc_state
-
-    @ewc_state.setter
-    def ewc_state(self, state: EWCState | str | os.PathLike[str] | None) -> None:
-        if isinstance(state, (str, os.PathLike)):
-            self.accelerator.wait_for_everyone()  # the main process may be writing it still
-            folder, state = state, EWCState.from_pretrained(state)
-            if not state and self.is_world_process_zero():
-                logger.warning("The EWC state in %s is empty and protects nothing.", folder)
-        elif state is None:
-            state = EWCState()
-        if not isinstance(state, EWCState):
-            raise TypeError(
-                f"ewc_state is a {type(state).__name__}; needed is an EWCState, a folder that "
-                "save_pretrained wrote, an id on the Hub, or None."
-            )
-        if state:
-            check_supported(self)
-            state.check(self._ewc_model)
-        self._ewc_state = state
-        self._ewc_drop_penalty()
-
-    @property
-    def _ewc_model(self) -> nn.Module:
-        if self.model is None:
-            raise ValueError("The trainer has no model.")
-        return self.model
-
-    @property
-    def _ewc_folder(self) -> Path:
-        return Path(self.args.output_dir or ".")
-
-    @property
-    def _ewc_active(self) -> bool:
-        return self._ewc_requested or bool(self._ewc_state)
 
     def ewc_penalty(self) -> float:
         """λ/2 Σ F (θ − θ*)² + λ·offset of the model as it is now; 0 without a state.
@@ -320,6 +271,9 @@ class EWCMixin(_Base):
                 self, model, inputs, num_items, self.compute_loss if own else None
             )
 
+    def _ewc_state_is_new(self) -> None:
+        self._ewc_drop_penalty()
+
     def _ewc_drop_penalty(self) -> None:
         """The next use looks up anew what is protected."""
         if self._ewc_entry is not None:
@@ -416,54 +370,6 @@ class EWCMixin(_Base):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         loss = output.metrics.get("train_loss", output.training_loss)
         return output._replace(training_loss=loss) if self._ewc_penalty is not None else output
-
-    def _ewc_resume(self, resume: str | bool) -> str | bool | None:
-        if not self._ewc_active:
-            checkpoints.check_plain(resume, self._ewc_folder)
-            return resume
-        self.accelerator.wait_for_everyone()  # the main process may be writing a checkpoint still
-        found = checkpoints.checkpoint_to_resume(resume, self._ewc_folder)
-        checkpoints.check_same_everywhere(found)
-        if isinstance(found, (str, os.PathLike)):
-            self.ewc_state = checkpoints.stored_state(Path(found), self._ewc_state)
-        return found
-
-    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
-        """As the parent, and right for models that are saved under other names than they have."""
-        if not load_converted(self._ewc_model if model is None else model, folder):
-            super()._load_from_checkpoint(folder, model)
-
-    def _load_best_model(self) -> None:
-        """As the parent, and right for models that are saved under other names than they have."""
-        if self._ewc_active:
-            use_final_weights(self.optimizer)  # what was saved takes the place of these
-        best = self.state.best_model_checkpoint
-        if best is None or not load_converted(self._ewc_model, best):
-            super()._load_best_model()
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """As the parent; then the files of all processes are there.
-
-        The Trainer's next act is trainer_state.json, which says that the checkpoint is whole.
-        """
-        super()._save_rng_state(output_dir)
-        if self._ewc_active:
-            self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the parent, with the EWC state in the same folder; checkpoints refer to one file.
-
-        As with the parent only the main process writes, and all have to call it where the model is
-        in shards.
-        """
-        if self._ewc_active:
-            use_final_weights(self.optimizer)
-            if not self.is_in_train:
-                self._ewc_weights_in_use.note("saved", self._ewc_model)
-        folder = self._ewc_folder if output_dir is None else Path(output_dir)
-        in_checkpoint = _internal_call and output_dir is not None
-        checkpoints.store(self._ewc_state, folder, in_checkpoint, self.args.should_save)
-        super().save_model(output_dir, _internal_call)
 
 
 class _RunBegins(TrainerCallback):
