@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,3 +49,13 @@ def _with_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> n
     """A copy of `model` with these in place of its parameters; tied ones stay tied."""
     in_place_of = {id(p): parameters[name] for name, p in model.named_parameters()}
     return copy.deepcopy(model, in_place_of)
+
+
+def check_saves_whole(trainer: Any) -> None:
+    """Refuse FSDP settings by which models are saved in parts: a `ValueError`."""
+    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if "FULL" not in kind:
+        raise ValueError(
+            f"fsdp_state_dict_type is {kind}; run_tasks needs FULL_STATE_DICT, so that each task's "
+            "model is saved whole."
+        )

@@ -40,10 +40,15 @@ class ClassMask:
         self._by_row: Tensor | None = None
         self._handles: list[Any] = []
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether it masks a model at present."""
+        return bool(self._handles)
+
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Without its hooks inside the block."""
-        active = bool(self._handles)
+        active = self.is_attached
         self.__exit__(None, None, None)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,11 @@ from hf_ewc.state.ewc_state import EWCState
 
 
 def with_l2_sp(
-    state: EWCState, config: EWCConfig | None, model: nn.Module, strength: float, free: set[str]
+    state: EWCState,
+    config: EWCConfig | None,
+    model: nn.Module,
+    strength: float,
+    free: Mapping[str, int],
 ) -> tuple[EWCState, EWCConfig]:
     """State and settings whose penalty is EWC's plus μ/2 ‖θ − θ*‖², θ* the model as it is now.
 
@@ -28,14 +33,15 @@ def with_l2_sp(
         state: of EWC; the empty one without it.
         config: of EWC; None without it.
         strength: μ.
-        free: names of parameters that the second term leaves alone, as a head that is new.
+        free: by name, from which row on the second term leaves a parameter alone, as the new rows
+            of a head that has grown; from 0 on all of a new head.
     """
     scaled = _with_lambdas(state, config, model) if config is not None and state else EWCState()
     ones = Fisher(
         {
-            name: torch.ones(whole_shape(parameter))
+            name: _ones(whole_shape(parameter), free.get(name))
             for name, parameter in parameters_by_name(model, trainable_only=True).items()
-            if name not in free
+            if free.get(name) != 0
         }
     )
     both = scaled.consolidate(ones, model, mode="separate", weight=strength, name="L2-SP")
@@ -49,6 +55,13 @@ def with_l2_sp(
         ewc_mode="separate",
     )
     return both, settings
+
+
+def _ones(shape: torch.Size, rows: int | None) -> torch.Tensor:
+    ones = torch.ones(shape)
+    if rows is not None:
+        ones[rows:] = 0.0
+    return ones
 
 
 def _with_lambdas(state: EWCState, config: EWCConfig, model: nn.Module) -> EWCState:

@@ -22,6 +22,7 @@ class LabelSpace:
         model: which all tasks share.
         tasks: whose classes are checked against the model's head.
         seed: of the first weights of the tasks' own heads.
+        separated: whether old and new classes will be told apart in training.
 
     Attributes:
         heads: the tasks' own; None where there are none.
@@ -31,8 +32,11 @@ class LabelSpace:
             not fit the model.
     """
 
-    def __init__(self, model: nn.Module, tasks: Sequence[Task], seed: int = 0) -> None:
-        self._mask = ClassMask(model) if any(task.classes is not None for task in tasks) else None
+    def __init__(
+        self, model: nn.Module, tasks: Sequence[Task], seed: int = 0, separated: bool = False
+    ) -> None:
+        has_classes = separated or any(task.classes is not None for task in tasks)
+        self._mask = ClassMask(model) if has_classes else None
         for task in tasks:
             if self._mask is not None and task.classes is not None:
                 self._mask.check(task.classes)
@@ -91,6 +95,15 @@ class LabelSpace:
         """The model without anything attached to it, inside the block."""
         with nullcontext() if self._mask is None else self._mask.lifted():
             yield
+
+    def head_has_grown(self, model: nn.Module) -> None:
+        """Go over to the model's new head, of another size."""
+        if self._mask is not None:
+            is_attached = self._mask.is_attached
+            self._mask.__exit__(None, None, None)
+            self._mask = ClassMask(model)
+            if is_attached:
+                self._mask.__enter__()
 
     def move_to(self, model: nn.Module) -> None:
         """Go over to another model of the same kind."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.tasks.growing_head import head_parameters
 from hf_ewc.tasks.head import head_names
 from hf_ewc.tasks.head_state import joined, split
 from hf_ewc.tasks.heads import as_head, heads_of, key_of
@@ -39,6 +40,7 @@ class Protection:
     ) -> None:
         self._plan, self._space = plan, space
         self._of_heads: dict[str | None, EWCState] = {}
+        self._old_rows: dict[str, int] = {}
         self.state = state
         if state and space.heads is not None:
             self.state, self._of_heads[None] = split(state, head_names(model))
@@ -54,8 +56,16 @@ class Protection:
             config = stronger(config, factor)
         state = self._of(self._plan.tasks[index])
         if strength and index:
-            state, config = with_l2_sp(state, config, model, strength, self.new_head(index, model))
+            free = dict.fromkeys(self.new_head(index, model), 0) | self._old_rows
+            state, config = with_l2_sp(state, config, model, strength, free)
         return {} if config is None else {"ewc_config": config, "ewc_state": state}
+
+    def grow(self, model: nn.Module, old: int | None) -> None:
+        """Admit the new rows of the head, which has had `old`; they are not protected."""
+        self._old_rows = {} if old is None else dict.fromkeys(head_parameters(model), old)
+        if self.state:
+            names = [name for name in self._old_rows if name in self.state.importance]
+            self.state = self.state.grow_rows(model, names) if names else self.state
 
     def consolidate(self, trainer: Any, index: int, data: TrainingData) -> None:
         """Fold the task into the state; what is of its own head is kept apart."""

@@ -114,6 +114,34 @@ class SequenceConfig:
             "parameter, or a regular expression for one; the longest match wins."
         ),
     )
+    grow_head: bool = field(
+        default=False,
+        metadata=described(
+            "Let the shared head grow with the labels of the tasks (class-incremental); new rows "
+            "are not protected."
+        ),
+    )
+    separated_softmax: bool = field(
+        default=False,
+        metadata=described(
+            "With grow_head: train a task's examples on the softmax over its new classes alone, "
+            "and replayed ones on that over the old."
+        ),
+    )
+    align_weights: bool = field(
+        default=False,
+        metadata=described(
+            "With grow_head: after each task scale the new rows of the head to the mean length of "
+            "the old ones (Zhao et al. 2020)."
+        ),
+    )
+    bias_correction_share: float = field(
+        default=0.0,
+        metadata=described(
+            "With grow_head and replay: share of the examples of both that is kept out of "
+            "training, on which scale and bias of the new outputs are fitted (Wu et al. 2019)."
+        ),
+    )
     max_forgetting: float | None = field(
         default=None,
         metadata=described(
@@ -150,7 +178,11 @@ class SequenceConfig:
         _choice("weight_average", self.weight_average, AVERAGES)
         for name in ("replay_per_class", "replay_size", "replay_seed", "gate_retries"):
             setattr(self, name, _integer(name, getattr(self, name), low=0))
-        _boolean("joint_training", self.joint_training)
+        for name in ("joint_training", "grow_head", "separated_softmax", "align_weights"):
+            _boolean(name, getattr(self, name))
+        self.bias_correction_share = _number(
+            "bias_correction_share", self.bias_correction_share, low=0.0, high=0.5
+        )
         _choice("keep_models", self.keep_models, KEPT)
         for name in ("trained_modules", "frozen_modules"):
             setattr(self, name, _modules(name, getattr(self, name)))
@@ -164,6 +196,28 @@ class SequenceConfig:
             raise ValueError(
                 f"{' and '.join(f'{name} is {getattr(self, name)!r}' for name in ways)}; allowed "
                 "is one way to train on earlier examples."
+            )
+
+        self._check_growth()
+
+    def _check_growth(self) -> None:
+        """Refuse what needs a head that grows without one, and averages of a head that does."""
+        needs = ("separated_softmax", "align_weights", "bias_correction_share")
+        for name in needs:
+            if getattr(self, name) and not self.grow_head:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it is for a head that grows: set "
+                    "grow_head=True."
+                )
+        if self.bias_correction_share and not self.replays:
+            raise ValueError(
+                f"bias_correction_share is {self.bias_correction_share:g}; it takes replayed "
+                "examples: set one of replay_share, replay_per_class and replay_size."
+            )
+        if self.grow_head and self.weight_average in ("mean", "constant"):
+            raise ValueError(
+                f"weight_average is {self.weight_average!r}; new rows of a head that grows have "
+                "nothing to be averaged with. Allowed with grow_head is 'none' or 'fisher'."
             )
 
     @property

@@ -11,21 +11,23 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 from transformers import ProgressCallback, TrainingArguments, set_seed
 
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.parameters.names import unwrap
-from hf_ewc.parameters.sharding import is_dtensor, is_sharded
+from hf_ewc.parameters.sharding import is_dtensor
 from hf_ewc.processes import check_launch
 from hf_ewc.report import Cost, measured
 from hf_ewc.state.by_layer import importance_by_layer
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.arguments import arguments_of
-from hf_ewc.tasks.blueprint import Blueprint
+from hf_ewc.tasks.beginning import Beginning
+from hf_ewc.tasks.blueprint import Blueprint, check_saves_whole
 from hf_ewc.tasks.evaluation import evaluate, metrics_of, warn_of_lost
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.gate import lost, refusal
+from hf_ewc.tasks.growth import Growth
 from hf_ewc.tasks.history import history_of
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.learning_rates import only_these_train
@@ -65,11 +67,12 @@ class TaskRun:
         self.plan, self.model = plan, model
         self.folder = RunFolder(str(plan.args.output_dir), plan.tasks)
         self.record = Record(plan, self.folder, matrix, model)
-        self.space = LabelSpace(model, plan.tasks, plan.args.seed)
+        self.space = LabelSpace(model, plan.tasks, plan.args.seed, plan.sequence.separated_softmax)
+        self.growth = Growth(plan, model, self.space)
         self.protection = Protection(plan, self.space, model, state)
         self._collator: Any = None
         self._blueprint: Blueprint | None = None
-        self._beginning = _copied(model) if plan.sequence.joint_training else {}
+        self._beginning = Beginning(model) if plan.sequence.joint_training else None
         self._is_resumed = False
         self._tracker = SequenceTracker(plan.args, integrations=())
 
@@ -188,9 +191,11 @@ class TaskRun:
 
     def _learnt(self, index: int, progress: TaskProgress | None, factor: float) -> Any:
         """The trainer that has trained, consolidated and scored the task."""
-        if self.plan.sequence.joint_training and index:
-            self._begin_again()
+        if self._beginning is not None and index:
+            self._begin_again(self._beginning)
         self.space.put(self.plan.tasks[index])
+        self.growth.begin(index, self.model)
+        self.protection.grow(self.model, self.growth.old(index))
         data = training_data(self.plan, index, self.space)
         if data.replayed is not None:
             by_main_process(lambda: self.folder.note_replay(index, data.replayed or {}))
@@ -200,7 +205,7 @@ class TaskRun:
         ):
             raise ValueError("head= does not go with FSDP or DeepSpeed yet; use DDP.")
         if trainer.is_fsdp_enabled:
-            _check_saves_whole(trainer)
+            check_saves_whole(trainer)
             self._draw_blueprint()
         trainer.remove_callback(ProgressCallback)
         if progress is not None:
@@ -225,28 +230,28 @@ class TaskRun:
             for earlier in range(index):
                 self.folder.remove_model(earlier)
 
-    def _begin_again(self) -> None:
+    def _begin_again(self, beginning: Beginning) -> None:
         """Put the model back to where the first task began."""
-        if any(map(is_sharded, self.model.parameters())):
-            raise ValueError("joint_training does not go with models in shards (FSDP, ZeRO-3).")
         if self.space.heads is not None:
             self.space.heads.begin_again()
-        unwrap(self.model).load_state_dict(self._beginning)
+        self.growth.begin_again(self.model)
+        beginning.restore(self.model)
 
     def _train(self, trainer: Any, index: int, data: TrainingData) -> None:
         """Train the task as the plan asks, and fold it into the state."""
-        plan, task = self.plan, self.plan.tasks[index]
+        plan, views = self.plan, self.growth.views(index)
         collator = trainer.data_collator
-        with self.space.of(task, plan.mask_training):
+        with self.space.of(views[index], plan.mask_training):
             set_seed(trainer.args.seed)
             trainer.data_collator = data.collator(trainer, plan, self._collator)
             with self._all_heads(data), only_these_train(self.model, trained(plan, self.model)):
                 if isinstance(trainer, SequenceMixin):
-                    trainer.additions = additions(plan, index, self.model, self.space)
+                    trainer.additions = additions(plan, index, self.model, self.space, views)
                 mean = average(plan, index, self.model, self.protection)
                 trainer.train(resume_from_checkpoint=self._checkpoint(trainer))
             if mean is not None:
                 mean.apply(self.model)
+            self.growth.finish(trainer, index, data, self._collator)
             trainer.data_collator = collator
             if plan.config is not None:
                 self.protection.consolidate(trainer, index, data)
@@ -349,6 +354,7 @@ class TaskRun:
         """Weights and state as they were after so many tasks, at least one."""
         folder = self.folder.model(done - 1)
         self.space.put(self.plan.tasks[done - 1])
+        self.growth.begin(done - 1, self.model)
         load_weights(self.model, folder)
         if self.space.heads is not None and any(t.head for t in self.plan.tasks[:done]):
             self.space.heads.load(folder)
@@ -380,18 +386,3 @@ class TaskRun:
             return
         self.model = self._blueprint.built_from(self.model)
         self.space.move_to(self.model)
-
-
-def _copied(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state as it is now, in host memory."""
-    state = unwrap(model).state_dict()
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-
-
-def _check_saves_whole(trainer: Any) -> None:
-    kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-    if "FULL" not in kind:
-        raise ValueError(
-            f"fsdp_state_dict_type is {kind}; run_tasks needs FULL_STATE_DICT, so that each task's "
-            "model is saved whole."
-        )

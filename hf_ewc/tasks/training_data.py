@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.mixture import MixtureCollator, Place, joint_places, mixed, places_with_replay
@@ -23,6 +24,7 @@ class TrainingData:
         tagged: whether they tell which task they are of.
         apart: whether a batch is to be made for each task, not one for all.
         replayed: what is replayed, by task.
+        kept_out: examples of the same kinds that are not trained on.
     """
 
     dataset: Any
@@ -30,6 +32,7 @@ class TrainingData:
     tagged: bool = False
     apart: bool = False
     replayed: Replayed | None = None
+    kept_out: list[Place] = field(default_factory=list)
 
     def own_part(self, prepared: Any, index: int) -> Any:
         """The task's own examples in a trainer's data set, as it has prepared them; else None."""
@@ -66,4 +69,22 @@ def training_data(plan: Plan, index: int, space: LabelSpace) -> TrainingData:
     if not replayed:
         return TrainingData(sources[index])
     places = places_with_replay(index, len(sources[index]), replayed)
-    return TrainingData(mixed(sources, places, tagged), places, tagged, apart, replayed)
+    places, kept_out = _kept_out(places, plan, index)
+    dataset = mixed(sources, places, tagged)
+    return TrainingData(dataset, places, tagged, apart, replayed, kept_out)
+
+
+def _kept_out(places: list[Place], plan: Plan, index: int) -> tuple[list[Place], list[Place]]:
+    """The examples to train on, and the share of each task's that is kept out for bias correction.
+
+    Of each task as many: as the share comes to of the task that has fewest.
+    """
+    share = plan.sequence.bias_correction_share
+    if not share:
+        return places, []
+    groups: dict[int, list[Place]] = {}
+    for k in np.random.default_rng([plan.sequence.replay_seed, index]).permutation(len(places)):
+        groups.setdefault(places[k][0], []).append(places[k])
+    count = max(1, round(share * min(map(len, groups.values()))))
+    out = {place for group in groups.values() for place in group[:count]}
+    return [place for place in places if place not in out], sorted(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
@@ -16,6 +17,7 @@ from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.replay import labels_by_example
 from hf_ewc.tasks.sequence_trainer import Additions
+from hf_ewc.tasks.task import Task
 from hf_ewc.tasks.training_data import TrainingData
 from hf_ewc.tasks.warm_up import HeadWarmUp
 
@@ -29,11 +31,17 @@ def adds_to_steps(plan: Plan, index: int, data: TrainingData) -> bool:
     )
 
 
-def additions(plan: Plan, index: int, model: nn.Module, space: LabelSpace) -> Additions:
-    """What is added to the steps of task `index`; `model` is as it is before it."""
+def additions(
+    plan: Plan, index: int, model: nn.Module, space: LabelSpace, views: Sequence[Task]
+) -> Additions:
+    """What is added to the steps of task `index`; `model` is as it is before it.
+
+    Args:
+        views: the tasks as their examples are trained on.
+    """
     sequence = plan.sequence
     factors = cast("dict[str, float]", sequence.learning_rate_factors or {})
-    found = Additions(plan.tasks, space, factors=learning_rate_factors(model, factors))
+    found = Additions(views, space, factors=learning_rate_factors(model, factors))
     if sequence.head_warmup_share:
         found.warm_up = HeadWarmUp(model, head_names(model), sequence.head_warmup_share)
     if index and sequence.distillation_weight:
