@@ -228,20 +228,26 @@ def before_of_backbone(before):
     return {name: tensor for name, tensor in before.items() if name.startswith("bert.")}
 
 
-def test_heads_under_a_lora_adapter(tmp_path):
+@pytest.mark.parametrize("space", ["adapter", "weight"])
+def test_heads_under_a_lora_adapter(tmp_path, space):
     def adapted():
         config = LoraConfig(target_modules=["query"], modules_to_save=["classifier"], r=2)
         return get_peft_model(bert(), config)
 
-    tasks = four_tasks()[:3]
-    whole = run_tasks(adapted(), tasks, arguments(tmp_path / "a"), CONFIG, scenario="task")
+    tasks, config = four_tasks()[:3], EWCConfig(fisher_samples=8, ewc_space=space)
+    whole = run_tasks(adapted(), tasks, arguments(tmp_path / "a"), config, scenario="task")
+    assert not any("classifier" in name for name in whole.state.importance)
     args = arguments(tmp_path / "b")
-    run_tasks(adapted(), tasks[:2], args, CONFIG, scenario="task")
-    part = run_tasks(adapted(), tasks, args, CONFIG, scenario="task")
+    run_tasks(adapted(), tasks[:2], args, config, scenario="task")
+    part = run_tasks(adapted(), tasks, args, config, scenario="task")
     assert same_weights(part.model, whole.model)
     assert part.matrix == whole.matrix
     with pytest.raises(ValueError, match="under a PEFT adapter"):
         run_tasks(adapted(), four_tasks(), arguments(tmp_path / "c"), scenario="task")
+    sequence = SequenceConfig(l2sp_lambda=1.0)
+    if space == "weight":
+        with pytest.raises(ValueError, match="ewc_space='adapter'"):
+            run_tasks(adapted(), tasks, args, config, sequence_config=sequence, scenario="task")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_ewc.parameters.adapters import base_model
 from hf_ewc.parameters.names import class_name, parameters_by_name
 from hf_ewc.parameters.sharding import is_sharded
 from hf_ewc.tasks.class_mask import classification_heads
-from hf_ewc.tasks.head import inside_adapter
 from hf_ewc.tasks.replay import labels_by_example
 from hf_ewc.tasks.task import Task
 
@@ -42,7 +42,7 @@ def resize(model: nn.Module, rows: int, seed: int) -> None:
     Raises:
         ValueError: the model is in shards, or its head is inside an adapter.
     """
-    inner: Any = inside_adapter(model)
+    inner: Any = base_model(model)
     for head in classification_heads(model):
         if head.out_features == rows:
             continue

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from hf_ewc.parameters.names import class_name, parameters_by_name, unwrap
-
-
-def inside_adapter(model: nn.Module) -> nn.Module:
-    """The model itself, inside wrappers and inside PEFT's."""
-    plain = unwrap(model)
-    get_base: Any = getattr(plain, "get_base_model", None)
-    base: nn.Module = get_base() if callable(get_base) else plain
-    return base
+from hf_ewc.parameters.adapters import base_model, plain_module
+from hf_ewc.parameters.names import class_name, parameters_by_name
 
 
 def backbone_of(model: nn.Module) -> nn.Module | None:
     """The part of a `PreTrainedModel` that its heads share; None where there is none."""
-    inner = inside_adapter(model)
+    inner = base_model(model)
     backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or " ", None)
     return backbone if isinstance(backbone, nn.Module) and backbone is not inner else None
 
@@ -35,7 +26,7 @@ def head_names(model: nn.Module) -> list[str]:
         shared = set(map(id, backbone.parameters()))
         inside = [p for p in parameters_by_name(model).values() if id(p) not in shared]
     else:
-        linear = [m for m in inside_adapter(model).modules() if isinstance(m, nn.Linear)]
+        linear = [m for m in base_model(model).modules() if isinstance(m, nn.Linear)]
         inside = list(linear[-1].parameters()) if linear else []
     own = set(map(id, inside))
     parameters = parameters_by_name(model, trainable_only=True)
@@ -43,3 +34,9 @@ def head_names(model: nn.Module) -> list[str]:
     if not names:
         raise ValueError(f"{class_name(model)} has no head that is trained apart from the rest.")
     return names
+
+
+def head_names_in_states(model: nn.Module) -> set[str]:
+    """What states may call the head's parameters: as the model does, or one without adapters."""
+    names = head_names(model)
+    return {*names, *map(plain_module, names)}

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_ewc.parameters.adapters import base_model
 from hf_ewc.parameters.names import class_name, unwrap
-from hf_ewc.tasks.head import backbone_of, inside_adapter
+from hf_ewc.tasks.head import backbone_of
 
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 FILE = "heads.safetensors"
@@ -96,7 +97,7 @@ class Heads:
     """
 
     def __init__(self, model: nn.Module, heads: Mapping[str, Head], seed: int) -> None:
-        inner = inside_adapter(model)
+        inner = base_model(model)
         if backbone_of(model) is None or not isinstance(inner, PreTrainedModel):
             raise ValueError(
                 f"{class_name(model)} has no backbone apart from its head; head= needs a "

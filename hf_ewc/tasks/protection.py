@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.parameters.adapters import has_adapters
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.growing_head import head_parameters
-from hf_ewc.tasks.head import head_names
+from hf_ewc.tasks.head import head_names, head_names_in_states
 from hf_ewc.tasks.head_state import joined, split
 from hf_ewc.tasks.heads import as_head, heads_of, key_of
 from hf_ewc.tasks.l2_sp import with_l2_sp
@@ -30,6 +31,9 @@ class Protection:
         model: as it is before the first task.
         state: what protects it already then.
 
+    Raises:
+        ValueError: settings that do not go with a state of the weights under adapters.
+
     Attributes:
         state: of the backbone, or of the whole model where all tasks share its head; None before
             the first task and without EWC.
@@ -38,12 +42,13 @@ class Protection:
     def __init__(
         self, plan: Plan, space: LabelSpace, model: nn.Module, state: EWCState | None
     ) -> None:
+        _check_space(plan, model)
         self._plan, self._space = plan, space
         self._of_heads: dict[str | None, EWCState] = {}
         self._old_rows: dict[str, int] = {}
         self.state = state
         if state and space.heads is not None:
-            self.state, self._of_heads[None] = split(state, head_names(model))
+            self.state, self._of_heads[None] = split(state, head_names_in_states(model))
 
     def given(self, index: int, model: nn.Module, factor: float = 1.0) -> dict[str, Any]:
         """State and settings for the trainer of task `index`, as its arguments.
@@ -87,7 +92,7 @@ class Protection:
         self.state = state
         if self._space.heads is None:
             return
-        self.state, of_head = split(state, head_names(model))
+        self.state, of_head = split(state, head_names_in_states(model))
         head = as_head(task.head)
         if head is None or head.protected:
             self._of_heads[key_of(task)] = of_head
@@ -105,7 +110,7 @@ class Protection:
         self.state = EWCState.from_pretrained(str(folder))
         if self._space.heads is None:
             return
-        self.state, _ = split(self.state, head_names(model))
+        self.state, _ = split(self.state, head_names_in_states(model))
         for i, key in enumerate(self._keys()):
             if (folder / f"head-{i}").is_dir():
                 self._of_heads[key] = EWCState.from_pretrained(folder / f"head-{i}")
@@ -136,3 +141,19 @@ def stronger(config: EWCConfig, factor: float) -> EWCConfig:
             else None
         ),
     )
+
+
+def _check_space(plan: Plan, model: nn.Module) -> None:
+    sequence = plan.sequence
+    asked = {
+        "l2sp_lambda": sequence.l2sp_lambda > 0,
+        "weight_average": sequence.weight_average == "fisher",
+    }
+    if plan.config is None or plan.config.ewc_space != "weight" or not has_adapters(model):
+        return
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(
+                f"{name} is {getattr(sequence, name)!r}, which holds an adapter's own A and B, and "
+                "ewc_space is 'weight'; use ewc_space='adapter' with it."
+            )
