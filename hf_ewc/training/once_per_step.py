@@ -54,6 +54,7 @@ class OncePerStep:
         self._optimizers: WeakKeyDictionary[Optimizer, tuple[int, Members]] = WeakKeyDictionary()
         self._closures: list[Callable[[], Any]] = []
         self._depth = 0
+        self._noted = False
         self._witness = _Witness()
 
     def close(self) -> None:
@@ -63,6 +64,7 @@ class OncePerStep:
     def forget(self) -> None:
         """No gradient holds the penalty's: as a training step begins."""
         self._entered, self._depth = frozenset(), 0
+        self._noted = False
         self._closures.clear()
         self._witness.let_go()
 
@@ -77,6 +79,7 @@ class OncePerStep:
             self._entered = frozenset()
         missing = (self._every if members is None else members) - self._entered
         if not missing:
+            self._note_nothing()
             return
         if self._entered:
             self._add(loss_scale, missing)
@@ -88,6 +91,12 @@ class OncePerStep:
         else:
             return
         self._entered |= missing
+
+    def _note_nothing(self) -> None:
+        """A penalty that protects nothing is 0 in the log of each step, once."""
+        if not self._every and not self._noted:
+            self._noted = True
+            self._active.add_gradients()
 
     def _add(self, loss_scale: float, missing: Members) -> None:
         self._active.add_gradients(loss_scale, None if missing == self._every else missing)
