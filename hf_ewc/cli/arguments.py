@@ -1,0 +1,143 @@
+"""The arguments of a script: fields of dataclasses, from a YAML file and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml  # type: ignore[import-untyped]
+from transformers import HfArgumentParser
+
+_FAILED = 2
+
+
+def parse_arguments(
+    *types: Any,
+    defaults: Mapping[str, Any] | None = None,
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """One object of each dataclass, from `[FILE.yaml] [--field value ...]`.
+
+    The file, where the first argument ends in `.yaml` or `.yml`, holds fields of any of the
+    dataclasses; the command line wins over it, and it over the defaults. A field without default
+    must be in one of them. Whatever is wrong ends the script with one line on stderr and status 2:
+    a key or an option that no dataclass has, a value that is not allowed, a file that is no YAML.
+
+    Args:
+        types: dataclasses, as `HfArgumentParser` takes them.
+        defaults: in place of the dataclasses' own.
+        arguments: by default those of the script.
+        description: what `--help` begins with.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _Parser(
+        types,
+        description=description,
+        usage="%(prog)s [FILE.yaml] [--field value ...]",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    with one_line_errors():
+        preset = dict(defaults or {})
+        if given and given[0].endswith((".yaml", ".yml")):
+            content = read_yaml(given[0])
+            check_known(content, parser.fields(), given[0])
+            preset |= content
+            del given[0]
+        parser.preset(preset)
+        *found, unknown = parser.parse_args_into_dataclasses(
+            given, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            options = {f"--{name}": None for name in parser.fields()}
+            check_known([unknown[0].split("=")[0]], options, "the command line")
+    return tuple(found)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the script with one line where the block raises what a user can mend.
+
+    That is a `ValueError`, `TypeError` or `OSError`; anything else keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of keys and values; 1e-3 is a number in it, as in YAML 1.2.
+
+    Raises:
+        ValueError: there is no such file, it is no YAML, holds a key twice, or no keys at all.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r:.40}; needed are lines of `key: value`.")
+    return content
+
+
+def check_known(given: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Refuse a key that is not known: a `ValueError` with the nearest that is."""
+    names = list(known)
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"{where} has the unknown key {key!r}{meant}")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the defaults of all fields."""
+
+
+class _Parser(HfArgumentParser):
+    """Errors of one line, and defaults that may come from a file."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+    def fields(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    def preset(self, values: Mapping[str, Any]) -> None:
+        """Take these in place of the defaults, also of fields that have none."""
+        self.set_defaults(**values)
+        for action in self._actions:
+            if action.dest in values:
+                action.required = False
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.1 without two of its surprises: 1e-3 is a number, and a key twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := {str(key) for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"the key {min(twice)!r} is there twice")
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(_FAILED)

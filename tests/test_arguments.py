@@ -1,0 +1,101 @@
+"""The arguments of a script: a YAML file, the command line over it, and errors of one line."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_ewc import EWCConfig
+from hf_ewc.cli.arguments import one_line_errors, parse_arguments
+
+
+@dataclass
+class Own:
+    model: str
+    tasks: dict | str | None = None
+    sizes: list[int] = field(default_factory=lambda: [1])
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse_with(text, *options):
+        path = tmp_path / "some.yaml"
+        path.write_text(text, encoding="utf-8")
+        types = (Own, TrainingArguments, EWCConfig)
+        defaults = {"learning_rate": 0.5, "use_cpu": True, "report_to": "none"}
+        return parse_arguments(*types, defaults=defaults, arguments=[str(path), *options])
+
+    return parse_with
+
+
+def test_the_command_line_wins_over_the_file_and_that_over_defaults(parse):
+    text = "model: m\nlearning_rate: 1e-3\newc_lambda: 1e4\nmax_steps: 7\ntasks: [{name: a}]\n"
+    own, args, ewc = parse(text, "--max_steps", "9", "--ewc_mode=separate")
+    assert (own.model, own.tasks) == ("m", [{"name": "a"}])
+    assert (args.learning_rate, args.max_steps, args.use_cpu) == (1e-3, 9, True)
+    assert (ewc.ewc_lambda, ewc.ewc_mode) == (1e4, "separate")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-3", 1e-3), ("1E4", 1e4), ("2.5e+1", 25.0), (".5e1", 5.0), ("3", 3), ("'1e-3'", "1e-3")],
+)
+def test_numbers_inside_of_lists_and_dicts(written, value, parse):
+    own, *_ = parse(f"model: m\ntasks: [{{rate: {written}}}]\nsizes: [2, 3]\n")
+    assert own.tasks == [{"rate": value}]
+    assert own.sizes == [2, 3]
+
+
+def test_without_a_file():
+    (own,) = parse_arguments(Own, arguments=["--model", "x", "--sizes", "4", "5"])
+    assert (own.model, own.sizes) == ("x", [4, 5])
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("model: m\newc_lamda: 3", [], "some.yaml has the unknown key 'ewc_lamda'; did you mean "
+         "'ewc_lambda'?"),
+        ("model: m", ["--ewc_lamda", "3"], "the command line has the unknown key '--ewc_lamda'; "
+         "did you mean '--ewc_lambda'?"),
+        ("model: m", ["--ewc_lamb=3"], "unknown key '--ewc_lamb'"),
+        ("model: m", ["stray"], "unknown key 'stray'."),
+        ("max_steps: 3", [], "required: --model"),
+        ("model: m\newc_lambda: -1", [], "ewc_lambda is -1"),
+        ("model: m\nmax_steps: many", [], "argument --max_steps"),
+        ("model: m\nmodel: n", [], "the key 'model' is there twice"),
+        ("model: [", [], "is no YAML"),
+        ("- model", [], "needed are lines of `key: value`"),
+        ("", [], "needed are lines of `key: value`"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line(text, options, message, parse, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(text, *options)
+    assert left.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_file_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Own, arguments=["nowhere.yaml"])
+    assert "nowhere.yaml cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_help_tells_the_fields(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_arguments(Own, EWCConfig, arguments=["--help"], description="What it does.")
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert "What it does." in printed
+    assert "(default: 1000.0)" in printed
+
+
+def test_only_errors_that_a_user_can_mend_lose_their_traceback(capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise ValueError("two\nlines")
+    assert "two lines" in capsys.readouterr().err
+    with pytest.raises(KeyError), one_line_errors():
+        raise KeyError("a fault")

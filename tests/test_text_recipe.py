@@ -1,0 +1,238 @@
+"""The recipe of text classification: in one and two processes, and what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from hf_ewc.report import read_outcomes
+from tests.processes import ACCELERATE, ROOT, launch
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import sequential_text_classification as recipe
+import text_tasks
+from text_tasks import TextTask, load, rows_of_head
+
+SCRIPT = "recipes/sequential_text_classification.py"
+CONFIGS = sorted((ROOT / "recipes/configs/sequential_text_classification").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer, the csv files of two tasks, and a YAML file for them."""
+    folder = tmp_path_factory.mktemp("text")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "cat", "dog"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "model")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertForSequenceClassification(
+        BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)
+    ).save_pretrained(folder / "model")
+    for name, labels in (("a", ["red", "blue"]), ("b", ["cat", "dog", "red"])):
+        for part in ("train", "eval"):
+            rows = [f"{label} one,{label} two,{label}" for label in labels * 4]
+            (folder / f"{name}_{part}.csv").write_text("\n".join(["first,second,kind", *rows]))
+    (folder / "two.yaml").write_text(f"""
+model_name_or_path: {folder}/model
+max_steps: 2
+use_cpu: true
+num_seeds: 1
+tasks:
+  - {{name: a, train_file: {folder}/a_train.csv, eval_file: {folder}/a_eval.csv, text: first,
+     label: kind}}
+  - {{name: b, train_file: {folder}/b_train.csv, eval_file: {folder}/b_eval.csv,
+     text: [first, second], label: kind}}
+""")
+    return folder
+
+
+METHODS = "{plain: {}, EWC: {ewc_lambda: 1e2, fisher_samples: 4}, replay: {replay_share: 0.25}}"
+
+
+def test_methods_side_by_side_in_two_processes(folder, tmp_path):
+    config = tmp_path / "methods.yaml"
+    config.write_text((folder / "two.yaml").read_text() + f"methods: {METHODS}\n")
+    options = ["--config_file", "recipes/accelerate/cpu_2.yaml", SCRIPT, str(config)]
+    code, output = launch(
+        ACCELERATE, *options, "--output_dir", str(tmp_path / "run"), fresh=True
+    )  # fmt: skip
+    assert code == 0, output[-6000:]
+    runs, content = read_outcomes(tmp_path / "run" / "results.json")
+    assert {name: [*repeats] for name, repeats in runs.items()} == {
+        name: [42] for name in ("plain", "EWC", "replay")
+    }
+    assert all(outcome.matrix.num_learnt == 2 for r in runs.values() for outcome in r.values())
+    assert content["differences"].keys() == {"EWC", "replay"}
+    assert output.count("Written to") == 1
+    assert (tmp_path / "run" / "stability_plasticity.png").exists()
+
+
+def test_once_with_lora_and_what_the_command_line_says(folder, tmp_path):
+    options = ["--use_peft", "--lora_r", "2", "--ewc_space", "weight", "--max_train_samples", "6"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, str(folder / "two.yaml"), *options, "--output_dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs, content = read_outcomes(tmp_path / "results.json")
+    assert list(runs) == ["EWC"]
+    settings = content["settings"]
+    assert [task["examples"] for task in settings["tasks"]] == [[6, 8], [6, 12]]
+    assert [task["classes"] for task in settings["tasks"]] == [[0, 1], [2, 3, 4]]
+    assert settings["ewc_config"]["ewc_space"] == "weight"
+    adapter = json.loads((tmp_path / "02-b" / "final" / "adapter_config.json").read_text())
+    assert adapter["r"] == 2
+
+
+# ---- The configurations ----
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_configuration_opens_with_its_command_and_is_parsed(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = path.read_text(encoding="utf-8").splitlines()[0]
+    found = re.fullmatch(rf"# accelerate launch {SCRIPT} (\S+)", command)
+    assert ROOT / found.group(1) == path
+    data, _, args, *_ = recipe.parsed([found.group(1)])
+    assert {"plain", "EWC"} <= data.methods.keys()
+    assert all(isinstance(task, TextTask) for task in data.tasks)
+    assert Path(args.output_dir).name == path.stem
+    assert isinstance(args.learning_rate, float)
+    for file in (f for task in data.tasks for f in (task.train_file, task.eval_file) if f):
+        assert Path(file).is_file()
+
+
+def test_the_csv_files_to_copy_from(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    data, *_ = recipe.parsed([str(next(path for path in CONFIGS if path.stem == "my_csv"))])
+    found = [load(task, None, None) for task in data.tasks]
+    assert [examples.labels for examples in found] == [["bad", "good"], ["cooking", "travel"]]
+
+
+def test_settings_of_ewc_in_the_file_hold_for_the_methods_with_ewc():
+    ewc = recipe.EWCConfig(ewc_mode="separate")
+    methods = recipe.checked_methods({"plain": None, "EWC": {"ewc_lambda": 3.0}}, ewc)
+    assert methods == {"plain": {}, "EWC": {"ewc_lambda": 3.0, "ewc_config": ewc}}
+
+
+# ---- Labels ----
+
+
+def named(name, labels):
+    return text_tasks.Examples(TextTask(name), None, None, labels)
+
+
+def test_rows_of_the_head():
+    tasks = [named("a", ["no", "yes"]), named("b", ["yes", "maybe"])]
+    assert rows_of_head(tasks, shared=True) == (
+        ["no", "yes", "maybe"],
+        [{"no": 0, "yes": 1}, {"yes": 1, "maybe": 2}],
+    )
+    assert rows_of_head(tasks, shared=False) == (
+        ["a: no", "a: yes", "b: yes", "b: maybe"],
+        [{"no": 0, "yes": 1}, {"yes": 2, "maybe": 3}],
+    )
+
+
+def files(folder, train, evaluation):
+    (folder / "train.csv").write_text(train)
+    (folder / "eval.csv").write_text(evaluation)
+    return dict(train_file=str(folder / "train.csv"), eval_file=str(folder / "eval.csv"))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [(["b", "a"], ["a", "b"]), ([10, 9], ["9", "10"]), (["True", "False"], ["False", "True"])],
+)
+def test_names_of_labels_are_read_from_the_data(values, labels, tmp_path):
+    rows = "text,label\n" + "".join(f"some words,{value}\n" for value in values)
+    assert load(TextTask("t", **files(tmp_path, rows, rows)), None, None).labels == labels
+
+
+def test_classes_of_a_data_set_keep_their_order(tmp_path, monkeypatch):
+    kinds = Features(text=Value("string"), label=ClassLabel(names=["z", "m", "a"]))
+    data = Dataset.from_dict({"text": ["one", "two", "three"], "label": [2, 0, 1]}, kinds)
+    monkeypatch.setattr(text_tasks.datasets, "load_dataset", lambda *_, split: data)
+    some = load(TextTask("t", dataset_name="hub/some", labels=["a", "z"]), None, None)
+    assert some.labels == ["z", "a"]
+    assert some.train["text_0"][:] == ["one", "two"]
+
+
+def test_fewer_examples_are_drawn_alike_each_time(tmp_path):
+    rows = "text,label\n" + "".join(f"word {i},{i % 2}\n" for i in range(40))
+    task = TextTask("t", **files(tmp_path, rows, rows))
+    first, again = (load(task, 7, None) for _ in range(2))
+    assert len(first.train) == 7
+    assert len(first.eval) == 40
+    assert first.train[:] == again.train[:]
+
+
+# ---- What is refused, in one line ----
+
+GOOD = "text,label\nsome words,a\n"
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "settings", "message"),
+    [
+        (GOOD, GOOD, {"text": "txet"}, "train.csv has no column 'txet'; it has text, label."),
+        (GOOD, GOOD, {"label": "kind"}, "train.csv has no column 'kind'; it has text, label."),
+        (GOOD, "text,kind\nx,a\n", {}, "eval.csv has no column 'label'"),
+        (GOOD, "text,label\nx,b\n", {}, "eval.csv has the label 'b', which"),
+        (GOOD, GOOD, {"labels": ["c"]}, "train.csv has no examples with the labels of task 't'."),
+        (GOOD, GOOD, {"labels": ["a", "c"]}, "train.csv has no example with the label 'c'."),
+        ("", GOOD, {}, "train.csv is empty."),
+        (GOOD, "text,label\n", {}, "eval.csv has no examples."),
+        ("text,label\n,a\n", GOOD, {}, "train.csv has None in column 'text' of example 1"),
+        ("text,label\n5,a\n", GOOD, {}, "train.csv has 5 in column 'text' of example 1"),
+        ("text,label\nx,0.5\n", GOOD, {}, "train.csv has the label 0.5"),
+        (GOOD, GOOD, {"train_file": "nowhere.csv"}, "nowhere.csv is not there"),
+        (GOOD, GOOD, {"train_file": "some.doc"}, "some.doc is none of .csv"),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_be_learnt_from(train, evaluation, settings, message, tmp_path):
+    task = TextTask("t", **{**files(tmp_path, train, evaluation), **settings})
+    with pytest.raises(ValueError) as refused:
+        load(task, None, None)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("a.csv", "task 1 is 'a.csv'; needed are lines of `key: value`."),
+        ({"name": "a", "trian_file": "x"}, "task 1 has the unknown key 'trian_file'; did you mean "
+         "'train_file'?"),
+        ({"train_file": "x"}, "task 1 has no name"),
+        ({"name": "a", "train_file": "x"}, "needs either train_file and eval_file, or"),
+        ({"name": "a", "dataset_name": "x", "text": ["a", "b", "c"]}, "give one or two"),
+        ({"name": "a", "dataset_name": "x", "labels": [True]}, "put them in quotes"),
+    ],
+)  # fmt: skip
+def test_entries_that_are_no_tasks(entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TextTask.from_entry(entry, 1)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("methods: {EWC: {ewc_lamda: 3}}", "method 'EWC' has the unknown key 'ewc_lamda'; did you "
+         "mean 'ewc_lambda'?"),
+        ("max_stesp: 3", "two.yaml has the unknown key 'max_stesp'"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_the_file_is_one_line(added, message, folder, tmp_path, capsys):
+    config = tmp_path / "two.yaml"
+    config.write_text(f"{(folder / 'two.yaml').read_text()}{added}\n")
+    with pytest.raises(SystemExit) as left:
+        recipe.parsed([str(config)])
+    assert left.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
