@@ -53,7 +53,7 @@ def test_the_command_of_cpu_2(tmp_path: Path) -> None:
     short = ["--num_seeds", "1", "--max_steps", "2", "--fisher_samples", "8"]
     code, output = launch(ACCELERATE, *command, *short, "--output_dir", str(tmp_path), fresh=True)
     assert code == 0, output[-6000:]
-    assert output.count("Accuracy on each task, 1 seeds") == 1  # one process reports
+    assert output.count("Mean ± standard error, seeds 42") == 1  # one process reports
     runs = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert runs
 

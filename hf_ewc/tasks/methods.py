@@ -106,7 +106,7 @@ def compare_methods(
     with held_by_main_process(only_run_in(folder)):
         for seed in seeds:
             for name, method in resolved.items():
-                runs[name][seed] = _run(method, tasks, seed, folder / safe_name(name))
+                runs[name][seed] = _run(name, method, tasks, seed, folder / safe_name(name))
         runs = _with_reference(runs, resolved)
         by_main_process(
             lambda: write_report(
@@ -116,8 +116,11 @@ def compare_methods(
     return Comparison(runs, folder)
 
 
-def _run(method: Method, tasks: Sequence[Task], seed: int, folder: Path) -> Outcome:
-    args = with_settings(method.args, {"seed": seed, "output_dir": str(folder / f"seed-{seed}")})
+def _run(name: str, method: Method, tasks: Sequence[Task], seed: int, folder: Path) -> Outcome:
+    own = f"{name}, seed {seed}"
+    run_name = f"{method.args.run_name} {own}" if method.args.run_name else own
+    settings = {"seed": seed, "output_dir": str(folder / f"seed-{seed}"), "run_name": run_name}
+    args = with_settings(method.args, settings)
     set_seed(seed)
     result: TaskResults = run_tasks(method.make_model(), tasks, args, **method.options)
     return Outcome(

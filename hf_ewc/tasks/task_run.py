@@ -365,7 +365,8 @@ class TaskRun:
         done, tasks = self.record.done, self.plan.tasks
         if self.plan.args.disable_tqdm or not is_main() or done == len(tasks):
             return nullcontext()
-        return closing(TaskProgress([task.name for task in tasks], done, self.plan.method))
+        label = self.plan.args.run_name or self.plan.method
+        return closing(TaskProgress([task.name for task in tasks], done, label))
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:
