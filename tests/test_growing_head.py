@@ -64,6 +64,14 @@ def test_the_head_grows_with_the_tasks_and_new_rows_are_free(tmp_path):
     assert result.matrix.num_learnt == 3
 
 
+def test_a_head_with_names_grows(tmp_path):
+    model = vit(2)
+    model.config.id2label, model.config.label2id = {0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}
+    args = arguments(tmp_path, max_steps=1)
+    run_tasks(model, three_tasks(), args, CONFIG, sequence_config=SequenceConfig(grow_head=True))
+    assert list(model.config.id2label.values())[:3] == ["cat", "dog", "LABEL_2"]
+
+
 def test_a_run_goes_on_with_a_head_that_has_grown(tmp_path):
     settings = dict(replay_share=0.25, separated_softmax=True, align_weights=True)
     whole = run(tmp_path / "whole", CONFIG, **settings)
