@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any
 
-from hf_ewc.parameters.selection import ALL_LINEAR, compiled_regex, is_regex, layer_lambdas
+from hf_ewc.checked import boolean, by_pattern, choice, hint, integer, modules, number
+from hf_ewc.parameters.selection import layer_lambdas
 
 MODES = ("online", "separate")
 SPACES = ("adapter", "weight")
 STATE_DTYPES = ("float32", "bfloat16", "float16", "float8")
 LARGEST = 3.4e38
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
-
-
-def _help(text: str, **options: Any) -> dict[str, Any]:
-    return {"help": text, **options}
 
 
 @dataclass
@@ -43,7 +37,7 @@ class EWCConfig:
 
     ewc_lambda: float = field(
         default=1000.0,
-        metadata=_help(
+        metadata=hint(
             "Strength λ of the penalty (λ/2) Σ F (θ − θ*)². At least 0; 0 switches it off. Larger "
             "where earlier tasks are forgotten, smaller where new ones are not learned; try powers "
             "of ten."
@@ -51,7 +45,7 @@ class EWCConfig:
     )
     ewc_mode: str = field(
         default="online",
-        metadata=_help(
+        metadata=hint(
             "How tasks add up: 'online' anchors at the newest parameters (Schwarz et al. 2018), "
             "'separate' keeps the exact sum of one penalty a task (Kirkpatrick et al. 2017), in as "
             "much memory: for early tasks that should keep pulling to where they were learned.",
@@ -60,21 +54,21 @@ class EWCConfig:
     )
     ewc_gamma: float = field(
         default=1.0,
-        metadata=_help(
+        metadata=hint(
             "Decay γ of the earlier importance at each consolidation, F ← γ F + F_new. 0 to 1. "
             "Below 1 where a long row of tasks leaves no room to learn: old ones fade."
         ),
     )
     ewc_lambda_growth: float = field(
         default=1.0,
-        metadata=_help(
+        metadata=hint(
             "λ after k consolidated tasks is ewc_lambda · growth^(k − 1). Above 0. Other than 1 "
             "where the right λ is seen to change from task to task."
         ),
     )
     ewc_layer_lambdas: dict[str, float] | str | None = field(
         default=None,
-        metadata=_help(
+        metadata=hint(
             "λ by pattern in place of ewc_lambda, as JSON: a pattern is a suffix of the name of a "
             "module or parameter, or a regular expression for one; the longest match wins. For "
             "layers that should move more than the others, or less."
@@ -82,7 +76,7 @@ class EWCConfig:
     )
     ewc_target_modules: list[str] | str | None = field(
         default=None,
-        metadata=_help(
+        metadata=hint(
             "Protect only the parameters in these modules: suffixes of module names, one regular "
             "expression, or 'all-linear'. By default all that are trainable. For a smaller state, "
             "or where only some layers hold what should last.",
@@ -91,7 +85,7 @@ class EWCConfig:
     )
     ewc_exclude_modules: list[str] | str | None = field(
         default=None,
-        metadata=_help(
+        metadata=hint(
             "Leave the parameters in these modules free; given as ewc_target_modules. For a head "
             "that each task trains anew.",
             nargs="+",
@@ -99,7 +93,7 @@ class EWCConfig:
     )
     ewc_space: str = field(
         default="adapter",
-        metadata=_help(
+        metadata=hint(
             "What of a PEFT model is held: 'adapter', the adapter's own A and B, which is small "
             "and means something only while the same adapter goes on; or 'weight', the weights "
             "W = W0 + s B A, by the names of the model without an adapter, for any rank, further "
@@ -109,7 +103,7 @@ class EWCConfig:
     )
     ewc_state_dtype: str = field(
         default="float32",
-        metadata=_help(
+        metadata=hint(
             "How the importance is held and saved. In half precision, with one scale a tensor, for "
             "a state of 0.75 times the size; in float8, with one for 128 values, of 0.63 times.",
             choices=STATE_DTYPES,
@@ -117,25 +111,25 @@ class EWCConfig:
     )
     ewc_keep_fraction: float = field(
         default=1.0,
-        metadata=_help(
+        metadata=hint(
             "Share of all importances, the largest, that is kept, as sparse tensors. Above 0 to 1. "
             "Below 1 where the state is too large for disk or memory."
         ),
     )
     ewc_offload: bool = field(
         default=False,
-        metadata=_help(
+        metadata=hint(
             "Hold the state in CPU memory and bring it to the device a part at a time. For when "
             "GPU memory runs out; steps take longer."
         ),
     )
     ewc_log_groups: bool = field(
         default=False,
-        metadata=_help("Log the penalty of each group of layers as well, to see where it pulls."),
+        metadata=hint("Log the penalty of each group of layers as well, to see where it pulls."),
     )
     fisher_type: str = field(
         default="auto",
-        metadata=_help(
+        metadata=hint(
             "Expectation over the labels: 'exact' over the model's own classes, 'sampled' from the "
             "model, 'empirical' the true label, 'batched' squares of batch gradients; "
             "'auto' is exact where classes are few, else sampled. 'empirical' for a quicker, "
@@ -145,62 +139,62 @@ class EWCConfig:
     )
     fisher_samples: int | None = field(
         default=200,
-        metadata=_help(
+        metadata=hint(
             "Examples that the Fisher is estimated on; -1 (in Python also None) takes all. More "
             "where results differ from one fisher_seed to another."
         ),
     )
     fisher_draws: int = field(
         default=1,
-        metadata=_help(
+        metadata=hint(
             "Labels drawn for an example when fisher_type is 'sampled'. More for less noise where "
             "examples are few; each takes a backward pass."
         ),
     )
     fisher_batch_size: int = field(
         default=8,
-        metadata=_help("Examples in a batch of the estimate; changes its speed and memory only."),
+        metadata=hint("Examples in a batch of the estimate; changes its speed and memory only."),
     )
     fisher_stratified: bool = field(
         default=False,
-        metadata=_help(
+        metadata=hint(
             "Draw the examples evenly over the labels instead of at random. For rare classes."
         ),
     )
     fisher_seed: int = field(
         default=0,
-        metadata=_help(
+        metadata=hint(
             "Seed of the choice of examples and of sampled labels. Another one for repetitions."
         ),
     )
 
     def __post_init__(self) -> None:
-        self.ewc_lambda = _number("ewc_lambda", self.ewc_lambda, low=0.0)
-        self.ewc_gamma = _number("ewc_gamma", self.ewc_gamma, low=0.0, high=1.0)
-        self.ewc_lambda_growth = _number(
+        self.ewc_lambda = number("ewc_lambda", self.ewc_lambda, low=0.0)
+        self.ewc_gamma = number("ewc_gamma", self.ewc_gamma, low=0.0, high=1.0)
+        self.ewc_lambda_growth = number(
             "ewc_lambda_growth", self.ewc_lambda_growth, low=0.0, open_low=True
         )
-        self.ewc_keep_fraction = _number(
+        self.ewc_keep_fraction = number(
             "ewc_keep_fraction", self.ewc_keep_fraction, low=0.0, high=1.0, open_low=True
         )
-        _choice("ewc_mode", self.ewc_mode, MODES)
-        _choice("ewc_space", self.ewc_space, SPACES)
-        _choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
-        _choice("fisher_type", self.fisher_type, FISHER_CHOICES)
-        self.ewc_layer_lambdas = _layer_lambdas(self.ewc_layer_lambdas)
-        self.ewc_target_modules = _modules("ewc_target_modules", self.ewc_target_modules)
-        self.ewc_exclude_modules = _modules("ewc_exclude_modules", self.ewc_exclude_modules)
+        choice("ewc_mode", self.ewc_mode, MODES)
+        choice("ewc_space", self.ewc_space, SPACES)
+        choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
+        choice("fisher_type", self.fisher_type, FISHER_CHOICES)
+        self.ewc_layer_lambdas = by_pattern("ewc_layer_lambdas", self.ewc_layer_lambdas)
+        self.ewc_target_modules = modules("ewc_target_modules", self.ewc_target_modules)
+        self.ewc_exclude_modules = modules("ewc_exclude_modules", self.ewc_exclude_modules)
         for name in ("ewc_offload", "ewc_log_groups", "fisher_stratified"):
-            _boolean(name, getattr(self, name))
+            boolean(name, getattr(self, name))
         if self.fisher_samples == -1:
             self.fisher_samples = None
         if self.fisher_samples is not None:
-            self.fisher_samples = _integer(
+            self.fisher_samples = integer(
                 "fisher_samples", self.fisher_samples, low=1, also="None or -1 for all"
             )
-        self.fisher_draws = _integer("fisher_draws", self.fisher_draws, low=1)
-        self.fisher_batch_size = _integer("fisher_batch_size", self.fisher_batch_size, low=1)
-        self.fisher_seed = _integer("fisher_seed", self.fisher_seed, low=0)
+        self.fisher_draws = integer("fisher_draws", self.fisher_draws, low=1)
+        self.fisher_batch_size = integer("fisher_batch_size", self.fisher_batch_size, low=1)
+        self.fisher_seed = integer("fisher_seed", self.fisher_seed, low=0)
 
     def lambdas(self, names: Iterable[str], num_tasks: int = 1) -> dict[str, float]:
         """λ of each parameter after `num_tasks` consolidated tasks.
@@ -233,91 +227,3 @@ class EWCConfig:
             f"EWC: λ = {self.ewc_lambda:g}{growth}, {self.ewc_mode}, γ = {self.ewc_gamma:g}; "
             f"Fisher: {self.fisher_type}, {samples} examples."
         )
-
-
-def _refuse(name: str, value: object, allowed: str) -> None:
-    raise ValueError(f"{name} is {value!r}; allowed is {allowed}.")
-
-
-def _number(
-    name: str, value: object, low: float, high: float = math.inf, open_low: bool = False
-) -> float:
-    allowed = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
-    allowed += f" and at most {high:g}" if high < math.inf else ""
-    try:
-        # YAML reads 1e4, without a dot, as a string.
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
-        _refuse(name, value, allowed)
-    return number
-
-
-def _integer(name: str, value: object, low: int, also: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        _refuse(name, value, f"an integer of at least {low}" + (f", or {also}" if also else ""))
-    return int(value)  # type: ignore[call-overload, no-any-return]
-
-
-def _boolean(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        _refuse(name, value, "True or False")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        _refuse(name, value, "one of " + ", ".join(repr(choice) for choice in choices))
-
-
-def _layer_lambdas(value: object, name: str = "ewc_layer_lambdas") -> dict[str, float] | None:
-    allowed = "a dict from pattern to number, or one as a JSON string"
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is {value!r}, no JSON ({error}); give {allowed}.") from None
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not all(isinstance(key, str) and key for key in value):
-        _refuse(name, value, allowed)
-    items: dict[str, object] = value  # type: ignore[assignment]
-    for pattern in filter(is_regex, items):
-        _valid_regex(name, pattern)
-    return {key: _number(f"{name}[{key!r}]", entry, low=0.0) for key, entry in items.items()}
-
-
-def _modules(name: str, value: object) -> list[str] | str | None:
-    """`value` as None, one regular expression, "all-linear", or a list of suffixes.
-
-    A list of one entry that is no suffix but one of the former, as the command line gives it,
-    stands for that entry.
-    """
-    if value is None:
-        return None
-    entries = [value] if isinstance(value, str) else _texts(value)
-    if not entries or not all(entries):
-        _refuse(name, value, "a list of module-name suffixes, a regular expression or None")
-    only = entries[0] if len(entries) == 1 else ""
-    if only.lower() == ALL_LINEAR:
-        return ALL_LINEAR
-    if isinstance(value, str) or is_regex(only):
-        _valid_regex(name, only)
-        return only
-    return entries
-
-
-def _texts(value: object) -> list[str]:
-    """The entries of a list, tuple or set of strings, sets in order; empty for anything else."""
-    if not isinstance(value, (tuple, list, set, frozenset)):
-        return []
-    if not all(isinstance(entry, str) for entry in value):
-        return []
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-
-
-def _valid_regex(name: str, pattern: str) -> None:
-    try:
-        compiled_regex(pattern)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

@@ -14,7 +14,8 @@ WINGS = ("parameters", "importance", "fisher", "state", "training", "tasks", "cl
 STRANGERS = [("fisher", "state"), ("state", "fisher")]
 # The ground floor: what every wing may use, and what it may use itself.
 GROUND_FLOOR = {
-    "config": {"parameters"},
+    "checked": {"parameters"},
+    "config": {"checked", "parameters"},
     "continual_learning": {"metrics"},
     "files": set(),
     "metrics": set(),

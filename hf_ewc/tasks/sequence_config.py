@@ -6,8 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from hf_ewc.config import _boolean, _choice, _integer, _layer_lambdas, _modules, _number
-from hf_ewc.config import _help as described
+from hf_ewc.checked import boolean, by_pattern, choice, hint, integer, modules, number
 
 KEPT = ("all", "last")
 AVERAGES = ("none", "mean", "constant", "fisher")
@@ -29,50 +28,50 @@ class SequenceConfig:
 
     replay_share: float = field(
         default=0.0,
-        metadata=described(
+        metadata=hint(
             "Replay examples of earlier tasks, this share of each later task's training examples, "
             "drawn evenly from the earlier tasks (0.05). 0 to 1."
         ),
     )
     replay_per_class: int = field(
         default=0,
-        metadata=described(
+        metadata=hint(
             "Replay this many training examples of each class of each earlier task (of a task "
             "without classes, such as a regression, this many in all)."
         ),
     )
     replay_size: int = field(
         default=0,
-        metadata=described(
+        metadata=hint(
             "Replay a buffer of this many examples in all, each example seen so far being as "
             "likely to be in it as any other (a reservoir)."
         ),
     )
-    replay_seed: int = field(default=0, metadata=described("Seed of what is replayed."))
+    replay_seed: int = field(default=0, metadata=hint("Seed of what is replayed."))
     joint_training: bool = field(
         default=False,
-        metadata=described(
+        metadata=hint(
             "Train each task on the data of all tasks so far, from the weights that the first "
             "began with: the upper bound that intransigence compares with."
         ),
     )
     head_warmup_share: float = field(
         default=0.0,
-        metadata=described(
+        metadata=hint(
             "Share of a task's optimizer steps, its first, in which only the head is trained "
             "(Kumar et al. 2022). 0 to 1."
         ),
     )
     l2sp_lambda: float = field(
         default=0.0,
-        metadata=described(
+        metadata=hint(
             "Strength of λ/2 ‖θ − θ*‖², θ* the weights that the task begins with, from the second "
             "task on (Li et al. 2018). At least 0."
         ),
     )
     weight_average: str = field(
         default="none",
-        metadata=described(
+        metadata=hint(
             "After each task θ ← (1 − α) θ* + α θ, θ* the weights that it began with: 'mean', "
             "α = 1/k after the k-th task; 'constant', α = weight_average_alpha. 'fisher': the "
             "average of all tasks' weights that their Fishers weigh (with ewc_mode 'separate').",
@@ -80,21 +79,21 @@ class SequenceConfig:
         ),
     )
     weight_average_alpha: float = field(
-        default=0.5, metadata=described("α of weight_average 'constant'. 0 to 1.")
+        default=0.5, metadata=hint("α of weight_average 'constant'. 0 to 1.")
     )
     distillation_weight: float = field(
         default=0.0,
-        metadata=described(
+        metadata=hint(
             "Weight of the divergence from the model before the task, on the new inputs and what "
             "earlier tasks knew (learning without forgetting, Li & Hoiem 2016). At least 0."
         ),
     )
     distillation_temperature: float = field(
-        default=2.0, metadata=described("Temperature of the distillation. Above 0.")
+        default=2.0, metadata=hint("Temperature of the distillation. Above 0.")
     )
     trained_modules: list[str] | str | None = field(
         default=None,
-        metadata=described(
+        metadata=hint(
             "Train only the parameters in these modules: suffixes of module names, one regular "
             "expression, or 'all-linear'. By default all that are trainable.",
             nargs="+",
@@ -102,93 +101,91 @@ class SequenceConfig:
     )
     frozen_modules: list[str] | str | None = field(
         default=None,
-        metadata=described(
+        metadata=hint(
             "Leave the parameters in these modules as they are; given as trained_modules.",
             nargs="+",
         ),
     )
     learning_rate_factors: dict[str, float] | str | None = field(
         default=None,
-        metadata=described(
+        metadata=hint(
             "Factor of the learning rate by pattern, as JSON: a suffix of the name of a module or "
             "parameter, or a regular expression for one; the longest match wins."
         ),
     )
     grow_head: bool = field(
         default=False,
-        metadata=described(
+        metadata=hint(
             "Let the shared head grow with the labels of the tasks (class-incremental); new rows "
             "are not protected."
         ),
     )
     separated_softmax: bool = field(
         default=False,
-        metadata=described(
+        metadata=hint(
             "With grow_head: train a task's examples on the softmax over its new classes alone, "
             "and replayed ones on that over the old."
         ),
     )
     align_weights: bool = field(
         default=False,
-        metadata=described(
+        metadata=hint(
             "With grow_head: after each task scale the new rows of the head to the mean length of "
             "the old ones (Zhao et al. 2020)."
         ),
     )
     bias_correction_share: float = field(
         default=0.0,
-        metadata=described(
+        metadata=hint(
             "With grow_head and replay: share of the examples of both that is kept out of "
             "training, on which scale and bias of the new outputs are fitted (Wu et al. 2019)."
         ),
     )
     max_forgetting: float | None = field(
         default=None,
-        metadata=described(
+        metadata=hint(
             "The most by which an earlier task's score may fall below its best; a task after which "
             "it has fallen by more is tried again (gate_retries), then the run stops."
         ),
     )
     gate_retries: int = field(
         default=0,
-        metadata=described(
+        metadata=hint(
             "How often such a task is tried again, each time with gate_factor times the strength "
             "of EWC and L2-SP."
         ),
     )
     gate_factor: float = field(
-        default=10.0, metadata=described("Factor of the strength for each new try. Above 0.")
+        default=10.0, metadata=hint("Factor of the strength for each new try. Above 0.")
     )
     keep_models: str = field(
         default="all",
-        metadata=described(
+        metadata=hint(
             "Which tasks' models and states stay on disk: 'all', or the 'last'.", choices=KEPT
         ),
     )
 
     def __post_init__(self) -> None:
         for name in ("replay_share", "head_warmup_share", "weight_average_alpha"):
-            setattr(self, name, _number(name, getattr(self, name), low=0.0, high=1.0))
+            setattr(self, name, number(name, getattr(self, name), low=0.0, high=1.0))
         for name in ("l2sp_lambda", "distillation_weight"):
-            setattr(self, name, _number(name, getattr(self, name), low=0.0))
+            setattr(self, name, number(name, getattr(self, name), low=0.0))
         for name in ("distillation_temperature", "gate_factor"):
-            setattr(self, name, _number(name, getattr(self, name), low=0.0, open_low=True))
+            setattr(self, name, number(name, getattr(self, name), low=0.0, open_low=True))
         if self.max_forgetting is not None:
-            self.max_forgetting = _number("max_forgetting", self.max_forgetting, low=0.0)
-        _choice("weight_average", self.weight_average, AVERAGES)
+            self.max_forgetting = number("max_forgetting", self.max_forgetting, low=0.0)
+        choice("weight_average", self.weight_average, AVERAGES)
         for name in ("replay_per_class", "replay_size", "replay_seed", "gate_retries"):
-            setattr(self, name, _integer(name, getattr(self, name), low=0))
+            setattr(self, name, integer(name, getattr(self, name), low=0))
         for name in ("joint_training", "grow_head", "separated_softmax", "align_weights"):
-            _boolean(name, getattr(self, name))
-        self.bias_correction_share = _number(
+            boolean(name, getattr(self, name))
+        self.bias_correction_share = number(
             "bias_correction_share", self.bias_correction_share, low=0.0, high=0.5
         )
-        _choice("keep_models", self.keep_models, KEPT)
+        choice("keep_models", self.keep_models, KEPT)
         for name in ("trained_modules", "frozen_modules"):
-            setattr(self, name, _modules(name, getattr(self, name)))
-        self.learning_rate_factors = _layer_lambdas(
-            self.learning_rate_factors, "learning_rate_factors"
-        )
+            setattr(self, name, modules(name, getattr(self, name)))
+        self.learning_rate_factors = by_pattern("learning_rate_factors", self.learning_rate_factors)
         ways = [n for n in ("replay_share", "replay_per_class", "replay_size") if getattr(self, n)]
         if self.joint_training:
             ways.append("joint_training")
