@@ -403,6 +403,23 @@ def test_the_first_steps_train_the_head_alone(tmp_path):
             assert "vit.encoder.layer.0.attention.attention.query.weight" in moved or len(moved) > 9
 
 
+def test_warm_up_is_refused_where_an_engine_steps_by_itself(tmp_path):
+    class ByItself(Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    config = SequenceConfig(head_warmup_share=0.5)
+    with pytest.raises(ValueError, match="does not go with DeepSpeed"):
+        run_tasks(
+            vit(),
+            two_tasks(),
+            arguments(tmp_path),
+            trainer_class=ByItself,
+            sequence_config=config,
+        )
+
+
 # ---- L2-SP ----
 
 

@@ -204,6 +204,11 @@ class TaskRun:
             trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         ):
             raise ValueError("head= does not go with FSDP or DeepSpeed yet; use DDP.")
+        if self.plan.sequence.head_warmup_share and trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "head_warmup_share does not go with DeepSpeed, whose engine steps within the "
+                "backward pass, before gradients can be taken away; use DDP or FSDP2."
+            )
         if trainer.is_fsdp_enabled:
             check_saves_whole(trainer)
             self._draw_blueprint()
