@@ -55,6 +55,7 @@ def estimate_fisher(
     expectation over y (van de Ven 2025, arXiv 2502.11756) is
 
     - "exact": over the model's own classes, C − 1 backward passes for C classes (one for two);
+      refused above 1000 passes an example, as over a vocabulary;
     - "sampled": `num_draws` labels ỹ ~ p(· | x_n), one per position given the real prefix;
     - "empirical": the true label;
     - "batched": the square of the gradient summed over a batch (B times the squared batch mean;

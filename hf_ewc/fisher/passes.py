@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.choice import uniforms
 from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.reader import LabelReader
+from hf_ewc.fisher.likelihood.slices import unseen
 
 # `auto` takes the exact expectation up to this many backward passes, and samples above.
 MAX_EXACT_PASSES = 9
+# What "exact" is refused above.
+_TOO_MANY_PASSES = 1000
 LogLikelihood = Callable[[nn.Module, dict[str, Any]], Tensor]
 
 
@@ -117,15 +121,18 @@ class Passes:
             distribution = distribution.without(~kept)
         self.num_examples += int((distribution.labelled & kept).sum())
         self.num_labels += distribution.num_labels
-        self.fisher_type = self._settled_type(distribution)
+        with unseen():
+            self.fisher_type = self._settled_type(distribution)
         objective = None
-        for objective in self._expectation(distribution, batch.ids):
+        for objective in _unseen(self._expectation(distribution, batch.ids)):
             yield _finite(objective, batch)
         if objective is None and self._never_none:
             yield distribution.graph_output().sum() * 0.0
 
     def _settled_type(self, distribution: Distribution) -> str:
         """By the very first example, so that it does not depend on the size of the batches."""
+        if self.fisher_type == "exact":
+            _refuse_endless(distribution.num_exact_passes)
         if self.fisher_type != "auto":
             return self.fisher_type
         few = distribution.first_example().num_exact_passes <= MAX_EXACT_PASSES
@@ -145,8 +152,29 @@ class Passes:
             yield distribution.empirical()
 
 
+def _unseen(stream: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Each objective made without an interception of what it takes."""
+    while True:
+        with unseen():
+            objective = next(stream, None)
+        if objective is None:
+            return
+        yield objective
+
+
 def _kept(batch: ExampleBatch, device: torch.device) -> Tensor:
     return torch.arange(len(batch), device=device) < len(batch) - batch.padding
+
+
+def _refuse_endless(passes: int) -> None:
+    """Of an expectation that would take days; what cannot be enumerated at all says so itself."""
+    if _TOO_MANY_PASSES < passes < sys.maxsize:
+        raise ValueError(
+            f"fisher_type='exact' would take {passes:,} backward passes for one example, one for "
+            "each further class of each labelled position, as over a vocabulary; allowed are "
+            f"{_TOO_MANY_PASSES:,}. Use 'sampled', which draws the labels from the model and takes "
+            "one pass, 'empirical' or 'auto'."
+        )
 
 
 def _finite(objective: Tensor, batch: ExampleBatch) -> Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ewc.fisher.labels import IGNORED
 from hf_ewc.fisher.likelihood.distribution import Distribution, Uniforms, at_least_fp32
+from hf_ewc.fisher.likelihood.slices import log_likelihood, rows_in_slice, slices
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Categorical(Distribution):
     @property
     def num_exact_passes(self) -> int:
         """Σ over positions of the classes with a probability above 0, less one."""
-        further = (_probabilities(self.logits) > 0).sum(-1) - 1
+        further = torch.empty_like(self.labels)
+        for logits, numbers in slices(self.logits.detach(), further):
+            numbers.copy_((_probabilities(logits) > 0).sum(-1) - 1)
         # Without labels nothing says how many there will be: as many as there are positions.
         counted = further * self._there if self.num_labels else further
         return int(counted.sum(1).max()) if counted.numel() else 0
@@ -50,13 +52,13 @@ class Categorical(Distribution):
     def sampled(self, uniforms: Uniforms) -> Tensor:
         drawn = self.labels.clone()
         for n, positions in enumerate(self._there):
-            draws = uniforms(int(positions.sum()), n).to(self.logits.device)
-            drawn[n, positions] = draw_classes(self.logits.detach()[n, positions], draws)
+            rows = positions.nonzero().flatten()
+            draws = uniforms(len(rows), n).to(self.logits.device)
+            drawn[n, rows] = draw_classes(self.logits[n].detach(), draws, rows)
         return self._log_probability(drawn)
 
     def _log_probability(self, labels: Tensor) -> Tensor:
-        logits = at_least_fp32(self.logits.flatten(0, 1))
-        return -F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return log_likelihood(self.logits, labels)
 
     def exact(self) -> Iterator[Tensor]:
         """diag(p) − ppᵀ = Σ_k u_k u_kᵀ with C − 1 terms, so that G_n = Jₙᵀ u_k, k = 1 … C − 1.
@@ -107,15 +109,23 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.detach().double().softmax(-1)
 
 
-def draw_classes(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the distribution function: (T, C) logits and (T,) uniforms → (T,) classes."""
+def draw_classes(logits: Tensor, uniforms: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Invert the distribution function: (T, C) logits and (T,) uniforms → (T,) classes.
+
+    Args:
+        rows: the positions that are drawn at, one for each uniform; None: all.
+    """
+    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+    count = rows_in_slice(logits.shape[-1])
+    parts = zip(rows.split(count), uniforms.split(count), strict=True)
+    return torch.cat([_draw(logits[some], numbers) for some, numbers in parts])
+
+
+def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = _probabilities(logits).cumsum(-1)
     thresholds = uniforms.double().unsqueeze(-1) * cumulative[:, -1:]
-    return (
-        torch.searchsorted(cumulative, thresholds, right=True)
-        .squeeze(-1)
-        .clamp_(max=logits.shape[-1] - 1)
-    )
+    found = torch.searchsorted(cumulative, thresholds, right=True)
+    return found.squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 
 
 def _nth_labelled(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_ewc.fisher.labels import IGNORED, LABEL_NAMES, Batch, label_name
-
-# Outputs that differ by more than this share of their standard deviation are not the same.
-_FAR = 1e-3
+from hf_ewc.fisher.likelihood.slices import close, unseen
 
 
 @dataclass(frozen=True)
@@ -180,18 +178,8 @@ class Forward:
 def same_scores(one: Outputs, other: Outputs) -> bool:
     """Whether two forwards came to the same, rounding and what is infinite apart."""
     pairs = list(zip(one.scores, other.scores, strict=False))
-    return bool(pairs) and all(_close(a.detach(), b.detach()) for a, b in pairs)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    finite = other.isfinite()
-    if one.shape != other.shape or not torch.equal(finite, one.isfinite()):
-        return False
-    one, own = one[finite].double(), other[finite].double()
-    if not own.numel():
-        return True
-    rounding = 16 * torch.finfo(other.dtype).eps * float(own.abs().max())
-    return float((one - own).abs().max()) <= _FAR * float(own.std(correction=0)) + rounding
+    with torch.no_grad(), unseen():
+        return bool(pairs) and all(close(a.detach(), b.detach()) for a, b in pairs)
 
 
 def _without_labels(batch: Batch) -> Batch:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.labels import IGNORED, are_there
+from hf_ewc.fisher.likelihood.slices import slices
 
 # A class counts as possible above this probability; that of a masked class is 0.
 _POSSIBLE = 1e-6
@@ -57,8 +58,12 @@ def _tells(drawn: Tensor, own: Tensor) -> bool:
 
 def possible_classes(logits: Tensor, axis: int) -> Tensor | None:
     """The classes that have a probability somewhere, along `axis` of the logits, if any has."""
-    flat = logits.detach().movedim(axis, -1).flatten(0, -2).double()
-    found = (flat.softmax(-1).amax(0) > _POSSIBLE).nonzero().flatten()
+    flat = logits.detach().movedim(axis, -1).flatten(0, -2)
+    largest = torch.zeros(flat.shape[-1], dtype=torch.float64, device=flat.device)
+    for (part,) in slices(flat):
+        p = part.double().softmax(-1).reshape(-1, flat.shape[-1])
+        largest = torch.maximum(largest, p.amax(0))
+    found = (largest > _POSSIBLE).nonzero().flatten()
     return found if len(found) else None
 
 

@@ -14,6 +14,8 @@ from hf_ewc.fisher.likelihood.made_up_labels import filled, made_up, possible_cl
 from hf_ewc.fisher.likelihood.own_loss import Observation
 
 _SIDES = ("start", "end")
+# Positions of a text that are enough to see a language model's loss.
+_FEW_POSITIONS = 64
 
 
 def few_examples(batch: ExampleBatch) -> tuple[list[int] | None, Batch]:
@@ -28,6 +30,25 @@ def few_examples(batch: ExampleBatch) -> tuple[list[int] | None, Batch]:
         return None, batch.inputs
     places = (batch.most_labelled() or [])[:2]
     return (sorted(places), batch.only(sorted(places)).inputs) if places else (None, batch.inputs)
+
+
+def few_positions(inputs: Batch) -> Batch | None:
+    """The same part of each text, one with labels of all of them; None where there is none.
+
+    For causal language models, which take texts of any length, and whose outputs are large.
+    """
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[1] <= _FEW_POSITIONS:
+        return None
+    if any(not isinstance(v, Tensor) or v.shape != labels.shape for v in inputs.values()):
+        return None
+    there = are_there(labels).double().unsqueeze(1)
+    window = there.new_ones(1, 1, _FEW_POSITIONS)
+    counts = torch.nn.functional.conv1d(there, window).squeeze(1).amin(0)
+    if counts.max() < 2:
+        return None
+    start = int(counts.argmax())
+    return {name: value[:, start : start + _FEW_POSITIONS] for name, value in inputs.items()}
 
 
 class Observer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,9 +14,11 @@ from hf_ewc.fisher.labels import IGNORED, Batch, label_name, refuse_further_labe
 from hf_ewc.fisher.likelihood import choosing, refusals
 from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs, same_scores
-from hf_ewc.fisher.likelihood.observing import Observer, few_examples, has_labels
+from hf_ewc.fisher.likelihood.label_shift import shifts_labels
+from hf_ewc.fisher.likelihood.observing import Observer, few_examples, few_positions, has_labels
 from hf_ewc.fisher.likelihood.own_loss import Observation
 from hf_ewc.fisher.likelihood.readings import Reading
+from hf_ewc.fisher.likelihood.slices import unseen
 
 # The true labels and made-up ones; the further ones where these tell nothing.
 _TURNS, _FURTHER_TURNS = range(2), range(2, 5)
@@ -43,7 +45,8 @@ class LabelReader:
     def settle(self, batch: ExampleBatch) -> None:
         """Find by the model's own loss what its outputs mean, unless that is known already.
 
-        It takes two to five forwards of two examples, without gradients; none later on.
+        It takes two to five forwards of two examples, of long texts a part, without gradients; none
+        later on.
 
         Raises:
             ValueError: the batch has labels for further heads, or the loss is of no likelihood that
@@ -52,13 +55,22 @@ class LabelReader:
         inputs = batch.inputs
         refuse_further_labels(inputs)
         if self._reading is None and has_labels(inputs) and self._forward.takes_labels(inputs):
-            for rows, few in few_examples(batch), (None, inputs):
+            for rows, few in self._to_observe(batch):
                 observer = Observer(self._forward, few)
                 observed = observer.observe(_TURNS)
                 if observed:
                     self._follow(inputs, rows, observed)
                     self._settle_by(observer, observed)
                     break
+
+    def _to_observe(self, batch: ExampleBatch) -> Iterator[tuple[list[int] | None, Batch]]:
+        """As little of a batch as tells, then more; with the places of the examples in it."""
+        rows, few = few_examples(batch)
+        short = few_positions(few) if shifts_labels(self._model) else None
+        if short is not None:
+            yield None, short
+        yield rows, few
+        yield None, batch.inputs
 
     def distribution(self, batch: Batch) -> Distribution:
         """p(y | x) of a batch, with a graph.
@@ -87,7 +99,8 @@ class LabelReader:
                 with torch.no_grad():
                     own = self._forward(expected.batch)
             else:
-                own = outputs.of_examples(rows)
+                with torch.no_grad(), unseen():
+                    own = outputs.of_examples(rows)
             if not same_scores(own, expected.outputs):
                 self._forward.always_with_labels()
                 outputs = self._forward(batch)
