@@ -101,6 +101,8 @@ def parsed(arguments: list[str] | None = None) -> tuple[Any, ...]:
 
 def checked_methods(methods: dict[str, Any], ewc: EWCConfig) -> dict[str, dict[str, Any]]:
     """The methods' settings; those with settings of EWC begin with the file's own of these."""
+    if not isinstance(methods, dict):
+        raise ValueError(f"methods is {methods!r:.80}; needed is a settings dict for each name.")
     ewc_fields = {each.name for each in fields(EWCConfig)}
     known = [each.name for kind in (EWCConfig, SequenceConfig, TrainingArguments)
              for each in fields(kind)]  # fmt: skip

@@ -81,10 +81,10 @@ def load(task: TextTask, max_train: int | None, max_eval: int | None) -> Example
         _label_names(train, task, train_name),
         _label_names(evaluation, task, eval_name),
     )
-    labels = _in_order(set(filter(None, names)), train.features[task.label])
+    labels = _in_order(set(names) - {None}, train.features[task.label])
     if missing := set(task.labels or []) - set(labels):
         raise ValueError(f"{train_name} has no example with the label {min(missing)!r}.")
-    if unknown := set(filter(None, eval_names)) - set(labels):
+    if unknown := set(eval_names) - {None} - set(labels):
         raise ValueError(f"{eval_name} has the label {min(unknown)!r}, which {train_name} has not.")
     return Examples(
         task,

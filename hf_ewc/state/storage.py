@@ -36,6 +36,8 @@ from hf_ewc.state.document import STATE_FILE, TENSOR_FILE, Document, Entry, pars
 from hf_ewc.state.packed import PackedTensor, TensorMap
 from hf_ewc.state.records import TaskRecord
 
+_FURTHER_ATTEMPTS = 20
+
 
 @dataclass(frozen=True)
 class Content:
@@ -257,12 +259,13 @@ def _content(document: Document, folder: Path) -> Content:
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except RuntimeError:  # what mapping a file says that another process has just removed
-        if path.is_file():
-            raise
-        raise FileNotFoundError(2, "No such file", path.name) from None
+    for _ in range(_FURTHER_ATTEMPTS):
+        try:
+            return load_file(path)
+        except RuntimeError:  # what mapping a file says that another process has just removed
+            if not path.is_file():  # else a writer has put the same content back since
+                raise FileNotFoundError(2, "No such file", path.name) from None
+    return load_file(path)
 
 
 def _tensor_path(folder: Path, name: str) -> Path:
