@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,11 +126,11 @@ def language_model(vocabulary):
 
 
 @pytest.mark.parametrize("fisher_type", ["auto", "sampled", "empirical"])
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 160), (4, 160), (4, 48)])
 def test_nothing_as_large_as_the_outputs_is_made_but_these_and_their_gradient(
-    fisher_type, batch_size, monkeypatch
+    fisher_type, batch_size, length, monkeypatch
 ):
-    vocabulary, length = 512, 160
+    vocabulary = 512
     monkeypatch.setattr(slices, "_SLICE", 4 * vocabulary)
     model = language_model(vocabulary)
     texts = torch.randint(vocabulary, (4, length))
@@ -137,7 +139,7 @@ def test_nothing_as_large_as_the_outputs_is_made_but_these_and_their_gradient(
     with Largest(size // 2 if batch_size > 1 else size) as largest:
         estimate_fisher(model, data, fisher_type=fisher_type, batch_size=batch_size)
     assert set(largest.seen) == {torch.float32}
-    makers = {name for name, shape in largest.seen[torch.float32]}
+    makers = {name for name, shape in largest.seen[torch.float32] if math.prod(shape) >= size}
     assert not makers & {"aten._log_softmax.default", "aten._softmax.default", "aten.clone.default"}
 
 
