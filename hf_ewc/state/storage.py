@@ -183,14 +183,23 @@ def load(folder: Path | str) -> Content:
         document = parsed(content, folder / STATE_FILE)
         try:
             return _content(document, folder)
-        except FileNotFoundError as error:
+        except FileNotFoundError:
             # Another process may have put a new state in place since; then that one is read.
             content, former = read_bytes(folder), content
             if content == former:
-                raise ValueError(
-                    f"{folder / STATE_FILE} refers to {error.filename}, which is neither in "
-                    f"{folder} nor in the folder above; copy it from where the state was saved."
-                ) from None
+                return _undisturbed(folder)
+
+
+def _undisturbed(folder: Path) -> Content:
+    """What the folder holds while no other process writes to it, which may have put a file back."""
+    with alone_in(folder):
+        try:
+            return _content(parsed(read_bytes(folder), folder / STATE_FILE), folder)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{folder / STATE_FILE} refers to {error.filename}, which is neither in "
+                f"{folder} nor in the folder above; copy it from where the state was saved."
+            ) from None
 
 
 def tensor_file(folder: Path | str) -> str:
