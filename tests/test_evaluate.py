@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from hf_ewc import AccuracyMatrix, continual_learning
+from hf_ewc import AccuracyMatrix
+from hf_ewc.metrics import continual_learning
 from hf_ewc.tasks.named_metrics import NamedMetrics
 
 

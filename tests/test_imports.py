@@ -14,9 +14,7 @@ WINGS = ("parameters", "importance", "fisher", "state", "training", "tasks", "cl
 STRANGERS = [("fisher", "state"), ("state", "fisher")]
 # The ground floor: what every wing may use, and what it may use itself.
 GROUND_FLOOR = {
-    "checked": {"parameters"},
-    "config": {"checked", "parameters"},
-    "continual_learning": {"metrics"},
+    "config": {"parameters"},
     "files": set(),
     "metrics": set(),
     "processes": set(),

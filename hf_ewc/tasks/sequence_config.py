@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from hf_ewc.checked import boolean, by_pattern, choice, hint, integer, modules, number
+from hf_ewc.config.checked import boolean, by_pattern, choice, hint, integer, modules, number
 
 KEPT = ("all", "last")
 AVERAGES = ("none", "mean", "constant", "fisher")

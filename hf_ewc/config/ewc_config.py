@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hf_ewc.checked import boolean, by_pattern, choice, hint, integer, modules, number
+from hf_ewc.config.checked import boolean, by_pattern, choice, hint, integer, modules, number
 from hf_ewc.parameters.selection import layer_lambdas
 
 MODES = ("online", "separate")

@@ -1,7 +1,7 @@
 """The measures of a sequence of tasks as a module of `evaluate`, which needs no network.
 
 import evaluate
-from hf_ewc import continual_learning
+from hf_ewc.metrics import continual_learning
 
 measures = evaluate.load(continual_learning.__file__)
 measures.compute(scores=[[0.9, None], [0.5, 0.8]])
