@@ -8,7 +8,7 @@ import torch
 from test_tasks import arguments, same_weights, two_tasks, vit
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
-from hf_ewc import EWCConfig, SequenceConfig, compare_methods, run_tasks
+from hf_ewc import EWCConfig, EWCTrainer, SequenceConfig, compare_methods, run_tasks
 from hf_ewc.report import read_outcomes
 from hf_ewc.tasks.methods import _method
 
@@ -104,6 +104,36 @@ def test_a_comparison_that_was_stopped_goes_on(compared, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["runs"].keys() == METHODS.keys()
 
 
+def test_each_seed_replays_other_examples(compared):
+    drawn = {
+        seed: json.loads(path.read_text())
+        for seed in (0, 7)
+        for path in (compared.output_dir / "replay" / f"seed-{seed}").glob("**/replay.json")
+    }
+    assert drawn[0] != drawn[7]
+
+
+def test_a_trainer_that_takes_anything_is_given_it(tmp_path):
+    class Scaled(EWCTrainer):
+        def __init__(self, *args, **kwargs):
+            self.scale = kwargs.pop("scale")
+            super().__init__(*args, **kwargs)
+
+    class Named(EWCTrainer):
+        def __init__(self, model, args, *, scale, **kwargs):
+            super().__init__(model, args, **kwargs)
+
+    for kind in (Scaled, Named):
+        args = arguments(tmp_path / kind.__name__, max_steps=1)
+        run_tasks(fresh(), two_tasks(), args, trainer_class=kind, scale=2.0)
+
+
+def test_a_misspelt_argument_of_run_tasks_is_refused_with_a_likely_one(tmp_path):
+    with pytest.raises(TypeError, match="did you mean 'callbacks'"):
+        run_tasks(fresh(), two_tasks(), arguments(tmp_path), callback=[StopAt(1)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_by_name():
     args = arguments("x")
     options = {"mask_training": False, "ewc_config": EWCConfig(ewc_lambda=3.0, ewc_gamma=0.5)}
@@ -133,6 +163,11 @@ def test_settings_by_name():
         ({"plain": {}, "b": {"seed": 3}}, [0], ValueError, "for the whole run"),
         ({"plain": {}, "b": {"ewc_lambda": -1}}, [0], ValueError, "ewc_lambda is -1"),
         ({"plain": {}, "b": {"scenario": "new"}}, [0], ValueError, "scenario is 'new'"),
+        ({"plain": {}, "b": {"replay_shar": 0.1}}, [0], TypeError, "did you mean 'replay_share'"),
+        ({"plain": {}, "b": {"ewc_lamda": 1.0}}, [0], TypeError, "'b' .* 'ewc_lambda'"),
+        ({"plain": {}, "b": {"evaluate_unsen": True}}, [0], TypeError, "'evaluate_unseen'"),
+        ({"plain": {}, "b": {"strength": 2}}, [0], TypeError, "no argument of EWCTrainer"),
+        ({"plain": {}, "b": {"train_dataset": []}}, [0], TypeError, "comes from each task"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_step(tmp_path, methods, seeds, error, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,11 +22,14 @@ from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.runner import planned, run_tasks
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Task
+from hf_ewc.tasks.trainer_arguments import check_trainer_arguments
+from hf_ewc.training.trainer import EWCTrainer
 
 Settings = Mapping[str, Any] | EWCConfig | SequenceConfig | None
 _TRAINING = {each.name for each in fields(TrainingArguments) if each.init}
 _EWC = {each.name for each in fields(EWCConfig)}
 _SEQUENCE = {each.name for each in fields(SequenceConfig)}
+_RUN = set(inspect.signature(run_tasks).parameters) - {"model", "tasks", "args", "trainer_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def compare_methods(
     """Train by each method with each seed, through `run_tasks`, and write one report.
 
     All have the same tasks in the same order, the same training arguments but for what differs, and
-    with the same seed the same first weights and order of the data. Killed at any moment, the same
+    with the same seed the same first weights and order of the data. What is replayed differs from
+    seed to seed, too: seed s draws with `replay_seed + s`. Killed at any moment, the same
     call goes on. Where a method trains jointly (`joint_training`), its score on each task right
     after it is the reference for the others' intransigence; where one is named "plain…", the report
     has each other's paired difference to it.
@@ -121,8 +126,11 @@ def _run(name: str, method: Method, tasks: Sequence[Task], seed: int, folder: Pa
     run_name = f"{method.args.run_name} {own}" if method.args.run_name else own
     settings = {"seed": seed, "output_dir": str(folder / f"seed-{seed}"), "run_name": run_name}
     args = with_settings(method.args, settings)
+    options = dict(method.options)
+    if sequence := options.get("sequence_config"):
+        options["sequence_config"] = replace(sequence, replay_seed=sequence.replay_seed + seed)
     set_seed(seed)
-    result: TaskResults = run_tasks(method.make_model(), tasks, args, **method.options)
+    result: TaskResults = run_tasks(method.make_model(), tasks, args, **options)
     return Outcome(
         result.matrix,
         result.cost.seconds,
@@ -145,6 +153,8 @@ def _method(
     sequence = {key: own.pop(key) for key in _SEQUENCE & own.keys()}
     make = own.pop("make_model", make_model)
     found = {**options, **own}
+    trainer_class = found.get("trainer_class", EWCTrainer)
+    check_trainer_arguments(trainer_class, own.keys() - _RUN, f"method {name!r}", _RUN)
     if ewc:
         found["ewc_config"] = replace(found.get("ewc_config") or EWCConfig(), **ewc)
     if sequence:

@@ -27,6 +27,7 @@ from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
 from hf_ewc.tasks.task_run import TaskRun
+from hf_ewc.tasks.trainer_arguments import check_trainer_arguments
 from hf_ewc.training.trainer import EWCTrainer
 
 logger = logging.getLogger("hf_ewc")
@@ -95,8 +96,8 @@ def run_tasks(
             one, or fewer processes than were asked for.
         ForgettingError: more was lost of an earlier task than `max_forgetting` allows; the model
             before is kept.
-        TypeError: an argument of another type, or `ewc_config` is given and `trainer_class` cannot
-            consolidate.
+        TypeError: an argument of another type, one that the trainer does not take, or `ewc_config`
+            is given and `trainer_class` cannot consolidate.
     """
     if ewc_state is not None and ewc_config is None:
         raise ValueError("run_tasks got an ewc_state without ewc_config; give both, or neither.")
@@ -154,6 +155,7 @@ def planned(
 ) -> Plan:
     """The plan of a run, whose arguments are all looked at here, before anything is done."""
     check_types(tasks, args, ewc_config, sequence_config)
+    check_trainer_arguments(trainer_class, trainer_kwargs, "run_tasks")
     sequence = sequence_config or SequenceConfig()
     check_evaluated(evaluate_also, data_collator)
     check_names([*tasks, *evaluate_also])
