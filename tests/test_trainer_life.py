@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training import checkpoints
-from hf_ewc.training.refusals import check_supported
 from hf_ewc.training.trainer import EWCSeq2SeqTrainer, EWCTrainer
 from tests.models import MODELS, Examples, bert, random_quadratic
 from tests.processes import launch
-from tests.training import arguments, ewc_trainer
-
-
-def consolidating(folder: Path, data: Any = None, model: nn.Module | None = None) -> EWCTrainer:
-    return EWCTrainer(
-        model=model if model is not None else bert(),
-        args=arguments(folder),
-        train_dataset=data,
-        ewc_config=EWCConfig(ewc_lambda=2.0, fisher_type="empirical"),
-    )
-
+from tests.training import arguments, consolidating, ewc_trainer
 
 # ---- Consolidating ----
 
@@ -294,44 +281,6 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
         run_with_checkpoints(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("ewc_target_modules", ["quary"]),
-        ("ewc_exclude_modules", ["clasifier"]),
-        ("ewc_layer_lambdas", {"enkoder": 1.0}),
-    ],
-)
-def test_patterns_that_match_nothing_are_refused_at_construction(
-    field: str, value: Any, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=f"{field}.* matches no"):
-        EWCTrainer(model=bert(), args=arguments(tmp_path), ewc_config=EWCConfig(**{field: value}))
-
-
-def test_other_types_are_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="ewc_config is a dict"):
-        EWCTrainer(model=bert(), args=arguments(tmp_path), ewc_config={"ewc_lambda": 1.0})
-    with pytest.raises(TypeError, match="ewc_state is a dict"):
-        EWCTrainer(model=bert(), args=arguments(tmp_path), ewc_state={"a": 1})
-    trainer = consolidating(tmp_path, Examples("bert", 4))
-    with pytest.raises(TypeError, match="goes by keyword"):
-        trainer.consolidate("task a")
-    with pytest.raises(TypeError, match="a task's name is a string"):
-        trainer.consolidate(name=3)
-    trainer.consolidate().save_pretrained(tmp_path / "state")
-    trainer.ewc_state = None
-    assert not trainer.ewc_state
-    trainer.ewc_state = tmp_path / "state"
-    assert trainer.ewc_state.num_tasks == 1
-
-
-def test_a_model_without_trainable_parameters(tmp_path: Path) -> None:
-    model = bert().requires_grad_(False)
-    with pytest.raises(ValueError, match="is_trainable=True"):
-        consolidating(tmp_path, Examples("bert", 4), model).consolidate()
-
-
 def test_going_on_from_files_is_going_on_in_memory(tmp_path: Path) -> None:
     """Task A, consolidated and saved; task B from what was saved, and from what is in memory."""
     first = consolidating(tmp_path, Examples("bert", 12))
@@ -393,71 +342,3 @@ def test_a_killed_run_is_resumed_to_the_same_weights(
     assert start(tmp_path, *(["--resume"] if has_checkpoint else [])) == 0
     final = load_file(tmp_path / "final.safetensors")
     assert all(torch.equal(final[name], tensor) for name, tensor in undisturbed.items())
-
-
-# ---- Refusals ----
-
-
-@pytest.mark.parametrize(
-    ("optim", "alternative"),
-    [
-        ("lomo", "adamw_torch"),
-        ("adalomo", "adamw_torch"),
-        ("galore_adamw_layerwise", "'galore_adamw'"),
-        ("apollo_adamw_layerwise", "'apollo_adamw'"),
-    ],
-)
-def test_optimizers_that_step_during_the_backward_pass(
-    optim: str, alternative: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=alternative):
-        ewc_trainer("bert", arguments(tmp_path, optim=optim, optim_target_modules=["query"]), 4)
-
-
-def test_an_optimizer_object_that_steps_during_the_backward_pass(tmp_path: Path) -> None:
-    class AdaLomo(torch.optim.SGD):
-        pass
-
-    optimizer = AdaLomo(bert().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="AdaLomo"):
-        ewc_trainer("bert", arguments(tmp_path), 4, optimizers=(optimizer, None))
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_fsdp(version: int) -> None:
-    plugin = SimpleNamespace(fsdp_version=version)
-    trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(optim="adamw_torch"),
-        optimizer_cls_and_kwargs=None,
-        optimizer=None,
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
-    )
-    if version == 2:
-        check_supported(trainer)
-        return
-    with pytest.raises(ValueError, match="use FSDP2"):
-        check_supported(trainer)
-
-
-@pytest.mark.parametrize("plugin", [{"fsdp_plugin": 2}, {"deepspeed_plugin": 3}])
-def test_a_share_of_parts_is_refused(plugin: dict[str, int]) -> None:
-    """Which importances are the largest is known of the whole model only."""
-    state = SimpleNamespace(
-        **{name: SimpleNamespace(fsdp_version=n, zero_stage=n) for name, n in plugin.items()}
-    )
-    trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(optim="adamw_torch"),
-        optimizer_cls_and_kwargs=None,
-        optimizer=None,
-        accelerator=SimpleNamespace(state=state),
-        ewc_config=EWCConfig(ewc_keep_fraction=0.5),
-    )
-    with pytest.raises(ValueError, match="picks the largest importances"):
-        check_supported(trainer)
-    trainer.ewc_config = EWCConfig()
-    check_supported(trainer)
-
-
-def test_without_ewc_nothing_is_refused(tmp_path: Path) -> None:
-    args = arguments(tmp_path, optim="lomo")
-    EWCTrainer(model=bert(), args=args, train_dataset=Examples("bert", 4))

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_ewc.config import EWCConfig
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training.trainer import EWCTrainer
-from tests.models import MODELS, Examples, random_quadratic
+from tests.models import MODELS, Examples, bert, random_quadratic
 
 LAMBDA = 3.0
 
@@ -101,3 +101,18 @@ def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
 
 def difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: one[name] - two[name] for name in one}
+
+
+def batch(trainer: EWCTrainer) -> dict[str, Tensor]:
+    """The first two examples, as the trainer puts them together."""
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+
+
+def consolidating(folder: Path, data: Any = None, model: nn.Module | None = None) -> EWCTrainer:
+    """A trainer that protects what its task taught."""
+    return EWCTrainer(
+        model=model if model is not None else bert(),
+        args=arguments(folder),
+        train_dataset=data,
+        ewc_config=EWCConfig(ewc_lambda=2.0, fisher_type="empirical"),
+    )
