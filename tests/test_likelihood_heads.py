@@ -257,3 +257,62 @@ def test_a_forward_that_needs_its_labels():
 
     batch = {"x": torch.randn(4, 4), "labels": classes(4)}
     check(Needs(), batch, lambda one: 1)
+
+
+BACKBONE = dict(
+    hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=16,
+    patch_size=4, num_labels=3, use_auxiliary_head=True,
+)  # fmt: skip
+WITH_A_SECOND_HEAD = {
+    "beit": (
+        t.BeitForSemanticSegmentation,
+        dict(out_indices=[1, 2, 3, 4], pool_scales=[1, 2], auxiliary_channels=4),
+    ),
+    "dpt": (
+        t.DPTForSemanticSegmentation,
+        dict(
+            backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[4] * 4, fusion_hidden_size=4,
+            reassemble_factors=[4, 2, 1, 0.5],
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WITH_A_SECOND_HEAD)
+def test_what_a_second_head_adds_to_the_loss_is_no_likelihood(kind):
+    head, settings = WITH_A_SECOND_HEAD[kind]
+    model = made(head, head.config_class(**BACKBONE, **settings))
+    weight = model.config.auxiliary_loss_weight
+    labels = torch.randint(3, (3, 16, 16), generator=torch.Generator().manual_seed(2))
+    labels[:, :3] = model.config.semantic_loss_ignore_index
+    batch = {"pixel_values": images(3, 16)["pixel_values"], "labels": labels}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*run one by one")
+        found = estimate_fisher(model, [batch], fisher_type="empirical")
+    assert model.config.auxiliary_loss_weight == weight > 0
+    model.config.auxiliary_loss_weight = 0.0
+
+    def count(one):
+        return int((one["labels"] != model.config.semantic_loss_ignore_index).sum())
+
+    assert_close(found.diagonal, by_its_own_loss(model, batch, count))
+
+
+def test_what_a_router_adds_to_the_loss_is_no_likelihood():
+    config = t.MixtralConfig(
+        **{**DECODER, "num_hidden_layers": 1}, num_local_experts=2, output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    model = made(t.MixtralForCausalLM, config)
+    model.set_experts_implementation("eager")
+    batch = language(3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*run one by one")
+        found = estimate_fisher(model, [batch], fisher_type="empirical")
+    assert model.router_aux_loss_coef == 0.5
+    model.router_aux_loss_coef = 0.0
+
+    def count(one):
+        return int((one["labels"][:, 1:] != -100).sum())
+
+    assert_close(found.diagonal, by_its_own_loss(model, batch, count))

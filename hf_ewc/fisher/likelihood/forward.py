@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_ewc.fisher.labels import IGNORED, LABEL_NAMES, Batch, label_name
+from hf_ewc.fisher.likelihood.auxiliary_terms import without_auxiliary_terms
 from hf_ewc.fisher.likelihood.slices import close, unseen
 
 
@@ -101,7 +102,10 @@ class Forward:
         return self._run(self._way or unsettled, batch)
 
     def with_labels(self, batch: Batch) -> Outputs:
-        """The outputs of the forward that gets the labels, and what it gave to `ctc_loss`."""
+        """The outputs of the forward that gets the labels, and what it gave to `ctc_loss`.
+
+        Its loss is that of the labels alone, without what a second head or a router adds.
+        """
         inputs = _without_labels(batch)
         for side in ("start_positions", "end_positions"):
             if side in batch:
@@ -111,7 +115,7 @@ class Forward:
             labels = batch[name]
             place = "labels" if self._takes("labels") else name
             inputs[place] = labels if labels.is_floating_point() else labels.long()
-        with _CTCCalls() as calls:
+        with _CTCCalls() as calls, without_auxiliary_terms(self._model):
             values = self._model(**inputs)
         return Outputs(values, calls.last)
 
