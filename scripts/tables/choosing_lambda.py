@@ -1,0 +1,97 @@
+"""How a fixed λ does over five sequences of tasks, and what each λ loses where.
+
+    scripts/reproduce choosing_lambda [--only digits split_mnist ...] [--seeds N]
+
+Each sequence is learnt plainly, with the untouched `EWCConfig`, and with each λ of a grid of two
+values a decade. The grid is judged by the same test data as the rest: its best is a bound that
+nobody can choose, against which the others are held.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from options import parsed
+from sequences import SEQUENCES, TaskSequence
+
+from hf_ewc import EWCConfig
+from hf_ewc.report import Outcome
+from hf_ewc.report.statistics import estimate
+from hf_ewc.report.tables import table
+from hf_ewc.tasks.methods import Settings
+
+DEFAULT = EWCConfig().ewc_lambda
+Runs = Mapping[str, Mapping[int, Outcome]]
+
+
+def methods_of(sequence: TaskSequence) -> dict[str, Settings]:
+    strengths = sorted({*sequence.lambdas, DEFAULT})
+    return {"plain": {}, **{written(λ): {"ewc_lambda": λ} for λ in strengths}}
+
+
+def written(strength: float) -> str:
+    return f"{strength:.0e}".replace("e+0", "e").replace("e-0", "e-")
+
+
+def accuracies(runs: Runs) -> dict[str, list[float]]:
+    """ACC by method, one for each seed."""
+    return {
+        method: [outcome.matrix.average_accuracy() for outcome in repeats.values()]
+        for method, repeats in runs.items()
+    }
+
+
+def best_of_grid(found: Mapping[str, list[float]]) -> str:
+    """The λ with the highest mean ACC."""
+    return max((m for m in found if m[0].isdigit()), key=lambda m: float(np.mean(found[m])))
+
+
+def row(name: str, found: Mapping[str, list[float]], methods: list[str]) -> list[str]:
+    """Mean ± standard error of ACC by method, the best λ of the grid in bold."""
+    best = best_of_grid(found)
+    cells = []
+    for method in methods:
+        if method not in found:
+            cells.append("")
+            continue
+        mean, error = (one := estimate(found[method])).mean, one.error
+        shown = f"{mean:.3f} ± {error:.3f}"
+        cells.append(f"**{shown}**" if method == best else shown)
+    return [f"{name} ({len(found[best])} seeds)", *cells]
+
+
+def lost_to_best(name: str, found: Mapping[str, list[float]], methods: list[str]) -> list[str]:
+    """What the mean ACC of each method lacks to the best λ of the grid."""
+    best = best_of_grid(found)
+    top = float(np.mean(found[best]))
+    cells = [f"{top - np.mean(found[m]):.3f}" if m in found else "" for m in methods]
+    return [f"{name}: {best}", *cells]
+
+
+def shown(results: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """Both tables, of all sequences."""
+    methods = sorted({m for found in results.values() for m in found if m[0].isdigit()}, key=float)
+    methods = ["plain", *methods]
+    levels = [row(name, found, methods) for name, found in results.items()]
+    losses = [lost_to_best(name, found, methods) for name, found in results.items()]
+    return "\n\n".join([
+        "Average accuracy by λ, mean ± standard error:",
+        table(["", *methods], levels),
+        "What is lost to the best λ of the grid:",
+        table(["best λ", *methods], losses),
+    ])  # fmt: skip
+
+
+def main() -> None:
+    options = parsed("choosing_lambda")
+    results = {}
+    for name in options.among(SEQUENCES):
+        sequence = SEQUENCES[name](options)
+        folder = Path(str(options.output_dir)) / name
+        results[name] = accuracies(sequence.compared(methods_of(sequence), folder, options).runs)
+        print(shown({name: results[name]}), "\n", flush=True)
+    print(shown(results))
+
+
+if __name__ == "__main__":
+    main()

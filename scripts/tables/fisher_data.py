@@ -1,0 +1,59 @@
+"""The Fisher on training data beside that on unseen data, as the training data are as many.
+
+    scripts/reproduce fisher_data [--only digits clinc150] [--seeds N]
+
+A fifth of each task's training data, drawn by a fixed seed, is kept out of training in both; the
+Fisher is estimated on as many examples of what was trained on, or on what was kept out. Each with
+each λ of the sequence's grid.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from choosing_lambda import accuracies, methods_of, row
+from options import TableOptions, parsed
+from sequences import SEQUENCES
+from torch.utils.data import Subset, random_split
+
+from hf_ewc import Task
+from hf_ewc.report.tables import table
+
+SHARE = 0.2
+
+
+def with_fisher_data(task: Task, unseen: bool) -> Task:
+    """The task on four fifths of its data, with the Fisher on a fifth: of these, or of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    rest, held_out = random_split(task.train_dataset, [1 - SHARE, SHARE], generator)
+    seen = Subset(task.train_dataset, rest.indices[: len(held_out)])
+    return replace(task, train_dataset=rest, fisher_dataset=held_out if unseen else seen)
+
+
+def learn(name: str, unseen: bool, options: TableOptions) -> dict[str, list[float]]:
+    """ACC by λ, one for each seed."""
+    sequence = SEQUENCES[name](options)
+    tasks = [with_fisher_data(task, unseen) for task in sequence.tasks]
+    folder = Path(str(options.output_dir)) / name / ("unseen" if unseen else "seen")
+    found = replace(sequence, tasks=tasks).compared(methods_of(sequence), folder, options)
+    return accuracies(found.runs)
+
+
+def shown(results: Mapping[str, Mapping[str, list[float]]]) -> str:
+    methods = sorted({m for found in results.values() for m in found if m[0].isdigit()}, key=float)
+    rows = [row(name, found, ["plain", *methods]) for name, found in results.items()]
+    return table(["the Fisher's data", "plain", *methods], rows)
+
+
+def main() -> None:
+    options = parsed("fisher_data")
+    results: dict[str, dict[str, list[float]]] = {}
+    for name in options.among(SEQUENCES):
+        results[f"{name}, trained on"] = learn(name, False, options)
+        results[f"{name}, kept out"] = learn(name, True, options)
+        print(shown(results), "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
