@@ -91,6 +91,8 @@ def test_a_mixture_of_tables_is_a_table():
     other = mixed([tables[0], labelled((1,), 5)], places, tagged=False)
     assert isinstance(other, Mixture)
     assert [example["labels"] for example in other] == [1, 0, 1]
+    made = [t.with_transform(lambda batch: {"labels": [7] * len(batch["labels"])}) for t in tables]
+    assert [example["labels"] for example in mixed(made, places, tagged=False)] == [7, 7, 7]
     assert sorted(joint_places([2, 3], 0)) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
 
 

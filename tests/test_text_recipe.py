@@ -2,24 +2,21 @@
 
 import json
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from hf_ewc.report import read_outcomes
-from tests.processes import ACCELERATE, ROOT, launch
+from tests.processes import ROOT
+from tests.recipe import run_recipe
 
 sys.path.insert(0, str(ROOT / "recipes"))
+import labelled_data
 import sequential_text_classification as recipe
-import text_tasks
-from text_tasks import TextTask, load, rows_of_head
-
-SCRIPT = "recipes/sequential_text_classification.py"
-CONFIGS = sorted((ROOT / "recipes/configs/sequential_text_classification").glob("*.yaml"))
+from labelled_data import Examples, load, rows_of_head
+from text_tasks import TextTask, tokenized
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +54,8 @@ METHODS = "{plain: {}, EWC: {ewc_lambda: 1e2, fisher_samples: 4}, replay: {repla
 def test_methods_side_by_side_in_two_processes(folder, tmp_path):
     config = tmp_path / "methods.yaml"
     config.write_text((folder / "two.yaml").read_text() + f"methods: {METHODS}\n")
-    options = ["--config_file", "recipes/accelerate/cpu_2.yaml", SCRIPT, str(config)]
-    code, output = launch(
-        ACCELERATE, *options, "--output_dir", str(tmp_path / "run"), fresh=True
-    )  # fmt: skip
+    options = ["--output_dir", tmp_path / "run"]
+    code, output = run_recipe("sequential_text_classification", config, *options, processes=2)
     assert code == 0, output[-6000:]
     runs, content = read_outcomes(tmp_path / "run" / "results.json")
     assert {name: [*repeats] for name, repeats in runs.items()} == {
@@ -74,11 +69,9 @@ def test_methods_side_by_side_in_two_processes(folder, tmp_path):
 
 def test_once_with_lora_and_what_the_command_line_says(folder, tmp_path):
     options = ["--use_peft", "--lora_r", "2", "--ewc_space", "weight", "--max_train_samples", "6"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, str(folder / "two.yaml"), *options, "--output_dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = [folder / "two.yaml", *options, "--output_dir", tmp_path]
+    code, output = run_recipe("sequential_text_classification", *command)
+    assert code == 0, output[-6000:]
     runs, content = read_outcomes(tmp_path / "results.json")
     assert list(runs) == ["EWC"]
     settings = content["settings"]
@@ -88,28 +81,21 @@ def test_once_with_lora_and_what_the_command_line_says(folder, tmp_path):
     adapter = json.loads((tmp_path / "02-b" / "final" / "adapter_config.json").read_text())
     assert adapter["r"] == 2
 
+    code, output = run_recipe("sequential_text_classification", *command)  # started again
+    assert code == 0, output[-6000:]
+    assert "2 of 2 tasks were done before" in output
+    code, output = run_recipe("sequential_text_classification", *command, "--ewc_lambda", "3")
+    assert code == 2
+    assert output.splitlines()[-1].startswith("sequential_text_classification.py: error: ")
+    assert "ewc_lambda: 1000.0 there, 3.0 now" in output
 
-# ---- The configurations ----
 
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_configuration_opens_with_its_command_and_is_parsed(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    command = path.read_text(encoding="utf-8").splitlines()[0]
-    found = re.fullmatch(rf"# accelerate launch {SCRIPT} (\S+)", command)
-    assert ROOT / found.group(1) == path
-    data, _, args, *_ = recipe.parsed([found.group(1)])
-    assert {"plain", "EWC"} <= data.methods.keys()
-    assert all(isinstance(task, TextTask) for task in data.tasks)
-    assert Path(args.output_dir).name == path.stem
-    assert isinstance(args.learning_rate, float)
-    for file in (f for task in data.tasks for f in (task.train_file, task.eval_file) if f):
-        assert Path(file).is_file()
+# ---- The configuration to copy from, and methods ----
 
 
 def test_the_csv_files_to_copy_from(monkeypatch):
     monkeypatch.chdir(ROOT)
-    data, *_ = recipe.parsed([str(next(path for path in CONFIGS if path.stem == "my_csv"))])
+    data, *_ = recipe.parsed(["recipes/configs/sequential_text_classification/my_csv.yaml"])
     found = [load(task, None, None) for task in data.tasks]
     assert [examples.labels for examples in found] == [["bad", "good"], ["cooking", "travel"]]
 
@@ -124,7 +110,7 @@ def test_settings_of_ewc_in_the_file_hold_for_the_methods_with_ewc():
 
 
 def named(name, labels):
-    return text_tasks.Examples(TextTask(name), None, None, labels)
+    return Examples(TextTask(name), None, None, labels)
 
 
 def test_rows_of_the_head():
@@ -157,19 +143,20 @@ def test_names_of_labels_are_read_from_the_data(values, labels, tmp_path):
 def test_classes_of_a_data_set_keep_their_order(tmp_path, monkeypatch):
     kinds = Features(text=Value("string"), label=ClassLabel(names=["z", "m", "a"]))
     data = Dataset.from_dict({"text": ["one", "two", "three"], "label": [2, 0, 1]}, kinds)
-    monkeypatch.setattr(text_tasks.datasets, "load_dataset", lambda *_, split: data)
+    monkeypatch.setattr(labelled_data, "from_hub", lambda *_: data)
     some = load(TextTask("t", dataset_name="hub/some", labels=["a", "z"]), None, None)
     assert some.labels == ["z", "a"]
-    assert some.train["text_0"][:] == ["one", "two"]
+    assert [*some.train.column("text")] == ["one", "two"]
 
 
 def test_fewer_examples_are_drawn_alike_each_time(tmp_path):
     rows = "text,label\n" + "".join(f"word {i},{i % 2}\n" for i in range(40))
     task = TextTask("t", **files(tmp_path, rows, rows))
     first, again = (load(task, 7, None) for _ in range(2))
-    assert len(first.train) == 7
-    assert len(first.eval) == 40
-    assert first.train[:] == again.train[:]
+    assert len(first.train.rows) == 7
+    assert len(first.eval.rows) == 40
+    assert first.train.rows == again.train.rows
+    assert first.train.labels == [str(row % 2) for row in first.train.rows]
 
 
 # ---- What is refused, in one line ----
@@ -191,15 +178,24 @@ GOOD = "text,label\nsome words,a\n"
         ("text,label\n,a\n", GOOD, {}, "train.csv has None in column 'text' of example 1"),
         ("text,label\n5,a\n", GOOD, {}, "train.csv has 5 in column 'text' of example 1"),
         ("text,label\nx,0.5\n", GOOD, {}, "train.csv has the label 0.5"),
-        (GOOD, GOOD, {"train_file": "nowhere.csv"}, "nowhere.csv is not there"),
-        (GOOD, GOOD, {"train_file": "some.doc"}, "some.doc is none of .csv"),
+        (GOOD, GOOD, {"train_file": "nowhere.csv"}, "nowhere.csv does not exist"),
+        (GOOD, GOOD, {"train_file": "{}/some.doc"}, "some.doc is none of .csv"),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_learnt_from(train, evaluation, settings, message, tmp_path):
-    task = TextTask("t", **{**files(tmp_path, train, evaluation), **settings})
+    (tmp_path / "some.doc").write_text("words")
+    entry = {"name": "t", **files(tmp_path, train, evaluation), **settings}
+    task = TextTask.from_entry(
+        {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in entry.items()}, 1
+    )
     with pytest.raises(ValueError) as refused:
-        load(task, None, None)
+        read(task)
     assert message in str(refused.value)
+
+
+def read(task):
+    found = load(task, None, None)
+    tokenized(found.train, task.columns, {"a": 0}, lambda texts: {"input_ids": [[0]] * len(texts)})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,15 +63,33 @@ def parse_arguments(
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(only_own: bool = False) -> Iterator[None]:
     """End the script with one line where the block raises what a user can mend.
 
-    That is a `ValueError`, `TypeError` or `OSError`; anything else keeps its traceback.
+    That is a `ValueError`, `TypeError` or `OSError`, and a `RuntimeError` that this package or the
+    script itself raised; anything else keeps its traceback.
+
+    Args:
+        only_own: whether a `ValueError` or `TypeError` from elsewhere keeps it, too: in training it
+            may be a fault of anyone's.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except OSError as error:
         _fail(str(error))
+    except (ValueError, TypeError, RuntimeError) as error:
+        from_anywhere = not only_own and not isinstance(error, RuntimeError)
+        if not from_anywhere and not _is_own(error):
+            raise
+        _fail(str(error))
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether the error comes from this package, or from a file beside the script."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = str(frame.f_globals.get("__name__"))
+    file = Path(frame.f_code.co_filename).resolve()
+    return module.startswith("hf_ewc.") or file.parent == Path(sys.argv[0]).resolve().parent
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -10,12 +10,8 @@ from typing import Any
 import datasets
 import transformers
 
+from hf_ewc.cli.sources import READERS, from_file
 from hf_ewc.tasks.token_scores import is_causal
-
-_BUILDERS = {
-    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
-    ".txt": "text",
-}  # fmt: skip
 
 
 def examples(model: Any, given: argparse.Namespace) -> tuple[Any, Any]:
@@ -39,13 +35,11 @@ def load(source: str, split: str) -> Any:
     """The data set behind a path or a Hub id, one split of it."""
     datasets.disable_progress_bars()
     path = Path(source)
-    looks_local = source.startswith((".", "/", "~")) or path.suffix in _BUILDERS
-    if looks_local and not path.exists():
-        raise ValueError(f"{source} does not exist.")
-    if path.is_file() and path.suffix.lower() not in _BUILDERS:
-        raise ValueError(f"{path} is none of {', '.join(_BUILDERS)}.")
+    looks_local = source.startswith((".", "/", "~")) or path.suffix.lower() in READERS
+    if path.is_file() or (looks_local and not path.exists()):
+        return from_file(source)
     try:
-        found = _loaded(path) if path.exists() else datasets.load_dataset(*source.split(":", 1))
+        found = _of_folder(path) if path.exists() else datasets.load_dataset(*source.split(":", 1))
     except Exception as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
     if not isinstance(found, Mapping):
@@ -55,11 +49,7 @@ def load(source: str, split: str) -> Any:
     return found[split]
 
 
-def _loaded(path: Path) -> Any:
-    if path.is_file():
-        builder = _BUILDERS[path.suffix.lower()]
-        options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+def _of_folder(path: Path) -> Any:
     if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         return datasets.load_from_disk(str(path))
     return datasets.load_dataset(str(path))

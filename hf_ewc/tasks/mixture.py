@@ -70,8 +70,9 @@ def mixed(sources: Sequence[Any], places: Sequence[Place], tagged: bool) -> Any:
     """
     used = sorted({task for task, _ in places})
     tables = [sources[task] for task in used]
-    alike = all(isinstance(table, datasets.Dataset) for table in tables)
-    if tagged or not alike or any(table.features != tables[0].features for table in tables):
+    # One with a transform would lose it.
+    plain = all(isinstance(t, datasets.Dataset) and t.format["type"] != "custom" for t in tables)
+    if tagged or not plain or any(table.features != tables[0].features for table in tables):
         return Mixture(sources, places, tagged)
     begin = dict(zip(used, np.cumsum([0, *map(len, tables)])[:-1].tolist(), strict=True))
     whole = datasets.concatenate_datasets(tables)

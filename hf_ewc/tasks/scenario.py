@@ -39,7 +39,8 @@ def labels_of(dataset: Any, limit: int = 64) -> set[int]:
         feature = (getattr(dataset, "features", None) or {}).get(column)
         if feature is not None and hasattr(dataset, "unique"):
             whole = "int" in str(getattr(feature, "dtype", ""))  # a list of labels has no dtype
-            return _integers(dataset.unique(column)) if whole else set()
+            # Of its column alone: of a selection the library would copy all that is there.
+            return _integers(dataset.select_columns([column]).unique(column)) if whole else set()
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return set()
     step = max(1, len(dataset) // limit)

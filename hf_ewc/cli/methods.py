@@ -1,0 +1,91 @@
+"""The methods that a script compares, as its YAML file names them, and the training by each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from hf_ewc.cli.arguments import check_known, one_line_errors
+from hf_ewc.config import EWCConfig
+from hf_ewc.report import difference_table, score_table, summary_table
+from hf_ewc.tasks.methods import compare_methods
+from hf_ewc.tasks.runner import run_tasks
+from hf_ewc.tasks.sequence_config import SequenceConfig
+from hf_ewc.tasks.task import Task
+
+
+@dataclass
+class MethodArguments:
+    methods: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Names of methods, and for each the settings that differ (in the YAML)."},
+    )
+    num_seeds: int = field(
+        default=3, metadata={"help": "Repetitions of each method, from --seed on."}
+    )
+
+
+def checked_methods(
+    methods: Any, ewc: EWCConfig, further: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """The methods' settings; those with settings of EWC begin with the file's own of these.
+
+    Args:
+        methods: for each name what differs.
+        ewc: the file's settings of EWC.
+        further: keys that a script knows besides those of the three dataclasses.
+
+    Raises:
+        ValueError: it is no dict, or a method has a setting that there is not.
+    """
+    if methods is None:
+        return {}
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError(f"methods is {methods!r:.80}; needed is a settings dict for each name.")
+    ewc_fields = {each.name for each in fields(EWCConfig)}
+    kinds = (EWCConfig, SequenceConfig, TrainingArguments)
+    known = [*further, *(each.name for kind in kinds for each in fields(kind))]
+    found = {}
+    for name, settings in methods.items():
+        if not isinstance(settings or {}, Mapping):
+            raise ValueError(f"method {name!r} is {settings!r:.60}; needed are its settings.")
+        own = dict(settings or {})
+        check_known(own, known, f"method {name!r}")
+        found[str(name)] = {**({"ewc_config": ewc} if ewc_fields & own.keys() else {}), **own}
+    return found
+
+
+def learn(
+    make_model: Callable[[], Any],
+    tasks: Sequence[Task],
+    args: TrainingArguments,
+    ewc: EWCConfig,
+    given: MethodArguments,
+    **options: Any,
+) -> None:
+    """Train by each method with each seed, or once with EWC where there are none; print tables.
+
+    Args:
+        make_model: called for each run after the seed is set.
+        tasks: in the order of training.
+        args: for every run.
+        ewc: the file's settings of EWC.
+        given: with `methods` as `checked_methods` returns them.
+        options: further arguments of `run_tasks`.
+    """
+    with one_line_errors(only_own=True):
+        if given.methods:
+            seeds = range(args.seed, args.seed + given.num_seeds)
+            methods: Any = given.methods
+            comparison = compare_methods(make_model, tasks, args, methods, seeds, **options)
+            tables = [str(comparison), difference_table(comparison.runs)]
+        else:
+            set_seed(args.seed)
+            result = run_tasks(make_model(), tasks, args, ewc, **options)
+            tables = [score_table([result.matrix]), summary_table({"EWC": [result.matrix]})]
+    if args.should_save:
+        print("\n" + "\n\n".join(filter(None, tables)))
+        print(f"\nWritten to {args.output_dir}: report.md with its pictures, results.json")

@@ -1,0 +1,71 @@
+"""Data sets from files and from the Hub, with one sentence on what is wrong with one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+READERS = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
+    ".txt": "text",
+}  # fmt: skip
+
+
+def check_file(path: str, endings: Iterable[str]) -> None:
+    """Refuse what is no file, is empty, or has another ending: a `ValueError`."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist (seen from {Path.cwd()}).")
+    if not Path(path).is_file() or Path(path).suffix.lower() not in endings:
+        raise ValueError(f"{path} is none of {', '.join(endings)}.")
+    if not Path(path).stat().st_size:
+        raise ValueError(f"{path} is empty.")
+
+
+def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> datasets.Dataset:
+    """The examples in a file, by its ending.
+
+    Args:
+        path: of the file.
+        endings: those that are welcome, of `READERS`.
+        options: of the reader.
+
+    Raises:
+        ValueError: there is no such file, it has another ending, no examples, or cannot be read.
+    """
+    check_file(path, endings)
+    ending = Path(path).suffix.lower()
+    if ending == ".tsv":
+        options["delimiter"] = "\t"
+    try:
+        found = datasets.load_dataset(READERS[ending], data_files=path, split="train", **options)
+    except Exception as error:  # whatever its reader raises
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{path} has no examples.") from error
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+    if not len(found):
+        raise ValueError(f"{path} has no examples.")
+    return found
+
+
+def from_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
+    """One split of a data set of the Hub, or of a folder that `load_dataset` takes.
+
+    Raises:
+        ValueError: the network, the Hub or the reader does not give it.
+    """
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:
+        raise ValueError(f"{name} ({split}) cannot be loaded: {error}") from error
+
+
+def check_columns(data: datasets.Dataset, names: Iterable[str], where: str) -> None:
+    """Refuse a column that is not there: a `ValueError` with those that are."""
+    for name in names:
+        if name not in data.column_names:
+            raise ValueError(
+                f"{where} has no column {name!r}; it has {', '.join(data.column_names)}."
+            )
