@@ -11,7 +11,7 @@ from transformers import TrainingArguments, set_seed
 from hf_ewc.cli.arguments import check_known, one_line_errors
 from hf_ewc.config import EWCConfig
 from hf_ewc.report import difference_table, score_table, summary_table
-from hf_ewc.tasks.methods import compare_methods
+from hf_ewc.tasks.methods import Comparison, compare_methods
 from hf_ewc.tasks.runner import run_tasks
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Task
@@ -36,7 +36,7 @@ def checked_methods(
     Args:
         methods: for each name what differs.
         ewc: the file's settings of EWC.
-        further: keys that a script knows besides those of the three dataclasses.
+        further: settings of EWC that a script knows besides.
 
     Raises:
         ValueError: it is no dict, or a method has a setting that there is not.
@@ -45,16 +45,16 @@ def checked_methods(
         return {}
     if not isinstance(methods, Mapping) or not methods:
         raise ValueError(f"methods is {methods!r:.80}; needed is a settings dict for each name.")
-    ewc_fields = {each.name for each in fields(EWCConfig)}
-    kinds = (EWCConfig, SequenceConfig, TrainingArguments)
-    known = [*further, *(each.name for kind in kinds for each in fields(kind))]
+    of_ewc = {*further, *(each.name for each in fields(EWCConfig))}
+    kinds = (SequenceConfig, TrainingArguments)
+    known = [*of_ewc, *(each.name for kind in kinds for each in fields(kind))]
     found = {}
     for name, settings in methods.items():
         if not isinstance(settings or {}, Mapping):
             raise ValueError(f"method {name!r} is {settings!r:.60}; needed are its settings.")
         own = dict(settings or {})
         check_known(own, known, f"method {name!r}")
-        found[str(name)] = {**({"ewc_config": ewc} if ewc_fields & own.keys() else {}), **own}
+        found[str(name)] = {**({"ewc_config": ewc} if of_ewc & own.keys() else {}), **own}
     return found
 
 
@@ -81,7 +81,7 @@ def learn(
             seeds = range(args.seed, args.seed + given.num_seeds)
             methods: Any = given.methods
             comparison = compare_methods(make_model, tasks, args, methods, seeds, **options)
-            tables = [str(comparison), difference_table(comparison.runs)]
+            tables = [*_of_others(comparison), str(comparison), difference_table(comparison.runs)]
         else:
             set_seed(args.seed)
             result = run_tasks(make_model(), tasks, args, ewc, **options)
@@ -89,3 +89,9 @@ def learn(
     if args.should_save:
         print("\n" + "\n\n".join(filter(None, tables)))
         print(f"\nWritten to {args.output_dir}: report.md with its pictures, results.json")
+
+
+def _of_others(comparison: Comparison) -> list[str]:
+    """The scores by each method, where something is scored that no measure counts."""
+    repeats = {name: [o.matrix for o in runs.values()] for name, runs in comparison.runs.items()}
+    return [f"{name}\n\n{score_table(found)}" for name, found in repeats.items() if found[0].others]

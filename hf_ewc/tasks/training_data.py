@@ -35,8 +35,13 @@ class TrainingData:
     kept_out: list[Place] = field(default_factory=list)
 
     def own_part(self, prepared: Any, index: int) -> Any:
-        """The task's own examples in a trainer's data set, as it has prepared them; else None."""
+        """The task's own examples in a trainer's data set, as it has prepared them; else None.
+
+        Where it has packed them they are no more to be told apart.
+        """
         if self.places is None or not isinstance(prepared, datasets.Dataset):
+            return None
+        if len(prepared) != len(self.places):
             return None
         own = [i for i, (task, _) in enumerate(self.places) if task == index]
         return prepared.select(own)

@@ -1,0 +1,208 @@
+"""Domains for a language model: texts or chats from files or the Hub, cut into examples."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from datasets import Dataset
+from labelled_data import SOURCES
+
+from hf_ewc.cli.arguments import check_known
+from hf_ewc.cli.sources import check_columns, from_file, from_hub
+
+
+@dataclass
+class DomainArguments:
+    """Where the texts are, for each domain that does not say it itself, and how they are cut."""
+
+    tasks: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The domains in their order (in the YAML): for each a name and, as far as it "
+            "differs from what stands outside, the texts."
+        },
+    )
+    protect: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "General texts (in the YAML, as for a task): what the model knows of them is "
+            "protected from the first task on."
+        },
+    )
+    evaluate_also: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "A list like `tasks` of texts that are scored, and never trained on."},
+    )
+    train_file: str | None = field(default=None, metadata={"help": "File of the training texts."})
+    eval_file: str | None = field(default=None, metadata={"help": "File of the evaluation texts."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set of the Hub, in place of files."}
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Which configuration of it."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    text: str = field(
+        default="text",
+        metadata={"help": "Column of the texts, or of chats: lists of messages (role, content)."},
+    )
+    block_size: int = field(
+        default=512,
+        metadata={
+            "help": "Tokens of an example. Texts are joined, with an end-of-text token behind "
+            "each, and cut into blocks of this; a chat is an example of its own, cut off there."
+        },
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "At most so many training examples a domain."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "At most so many evaluation examples a domain."}
+    )
+
+
+@dataclass
+class Domain:
+    """One entry of `tasks`, `protect` or `evaluate_also`: files, or a data set of the Hub."""
+
+    name: str
+    train_file: str | None = None
+    eval_file: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    text: str = "text"  # the column
+
+    @classmethod
+    def from_entry(
+        cls, entry: Any, where: str, given: DomainArguments, needed: tuple[str, ...]
+    ) -> "Domain":
+        """The domain of an entry, with what is `given` for all in place of what it leaves out.
+
+        Args:
+            needed: the parts that it must have, of "train" and "eval".
+        """
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} is {entry!r:.60}; needed are lines of `key: value`.")
+        known = {each.name for each in fields(cls)}
+        check_known(entry, known, where)
+        if not isinstance(entry.get("name"), str):
+            raise ValueError(f"{where} has no name; give it a `name:` of its own.")
+        common = {key: value for key, value in vars(given).items() if key in known}
+        if SOURCES & entry.keys():
+            common = {key: value for key, value in common.items() if key not in SOURCES}
+        domain = cls(**{**common, **entry})
+        files = [f"{part}_file" for part in needed]
+        if bool(domain.dataset_name) == all(getattr(domain, name) for name in files):
+            raise ValueError(f"{where} needs either {' and '.join(files)}, or dataset_name.")
+        return domain
+
+    def read(self, part: str) -> tuple[str, list[Any]]:
+        """The name and the texts or chats of the part "train" or "eval"."""
+        split, file = getattr(self, f"{part}_split"), getattr(self, f"{part}_file")
+        if self.dataset_name:
+            where = f"{self.dataset_name} ({split})"
+            data = from_hub(self.dataset_name, self.dataset_config_name, split)
+        elif str(file).lower().endswith(".txt"):
+            return file, from_file(file, sample_by="document")["text"][:]
+        else:
+            where, data = file, from_file(file)
+        check_columns(data, [self.text], where)
+        return where, data[self.text]
+
+
+def domains_of(given: DomainArguments) -> tuple[list[Domain], Domain | None, list[Domain]]:
+    """What is learnt, what is protected first, and what is only scored.
+
+    Raises:
+        ValueError: with the entry, and what is wrong with it.
+    """
+    if not isinstance(given.tasks, list) or not given.tasks:
+        raise ValueError("tasks are missing; give a YAML file with a list `tasks:`.")
+    if not isinstance(given.evaluate_also or [], list):
+        raise ValueError(f"evaluate_also is {given.evaluate_also!r:.60}; needed is a list.")
+
+    def each(entries: Any, what: str, *needed: str) -> list[Domain]:
+        return [
+            Domain.from_entry(entry, f"{what} {k + 1}", given, needed)
+            for k, entry in enumerate(entries or [])
+        ]
+
+    protect = given.protect
+    if isinstance(protect, dict):
+        protect = {"name": "pretraining", **protect}
+    return (
+        each(given.tasks, "task", "train", "eval"),
+        protect and Domain.from_entry(protect, "protect", given, ("train",)),
+        each(given.evaluate_also, "evaluate_also", "eval"),
+    )
+
+
+def examples_of(
+    domain: Domain, part: str, tokenizer: Any, size: int, most: int | None, whole: bool = False
+) -> Dataset:
+    """The part's examples: `input_ids` and, the same, `labels`.
+
+    Args:
+        domain: whose.
+        part: "train" or "eval".
+        tokenizer: of the model.
+        size: tokens of an example, at most.
+        most: examples, at most.
+        whole: leave chats as long as they are.
+
+    Raises:
+        ValueError: something is neither text nor chat, or there is nothing to learn from.
+    """
+    where, values = domain.read(part)
+    found = []
+    for ids in _tokens(where, domain.text, values, tokenizer, size, whole):
+        if len(ids) > 1:  # of one token alone there is nothing to predict
+            found.append(ids)
+        if len(found) == most:
+            break
+    if not found:
+        raise ValueError(f"{where} has no text in column {domain.text!r}.")
+    return Dataset.from_dict({"input_ids": found, "labels": found})
+
+
+def _tokens(
+    where: str, column: str, values: Any, tokenizer: Any, size: int, whole: bool
+) -> Iterator[list[int]]:
+    """The tokens of each example."""
+    rest: list[int] = []
+    for row, value in enumerate(values):
+        if isinstance(value, str):
+            rest += [*tokenizer(value, verbose=False)["input_ids"], tokenizer.eos_token_id]
+            while len(rest) >= size:
+                yield rest[:size]
+                rest = rest[size:]
+        elif _is_chat(value):
+            ids = _of_chat(value, tokenizer, f"{where}, example {row + 1}")
+            yield ids if whole else ids[:size]
+        else:
+            raise ValueError(
+                f"{where} has {value!r:.60} in column {column!r} of example {row + 1}; needed is "
+                "text, or a list of messages, each with role and content."
+            )
+    yield rest
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+    )
+
+
+def _of_chat(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[int]:
+    """The chat in the words of the tokenizer's template; all of it is learnt."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where} is a chat, and the model's tokenizer has no chat template; choose a model "
+            "that was trained on chats, or save a template with the tokenizer."
+        )
+    return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
