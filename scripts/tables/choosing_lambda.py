@@ -1,4 +1,4 @@
-"""How a fixed λ does over five sequences of tasks, and what each λ loses where.
+"""How a fixed λ does over five sequences of tasks, and what each value loses where.
 
     scripts/reproduce choosing_lambda [--only digits split_mnist ...] [--seeds N]
 
@@ -20,13 +20,15 @@ from hf_ewc.report.statistics import estimate
 from hf_ewc.report.tables import table
 from hf_ewc.tasks.methods import Settings
 
-DEFAULT = EWCConfig().ewc_lambda
+AUTO = "auto"
+DEFAULT = float(EWCConfig().ewc_lambda)
 Runs = Mapping[str, Mapping[int, Outcome]]
 
 
 def methods_of(sequence: TaskSequence) -> dict[str, Settings]:
     strengths = sorted({*sequence.lambdas, DEFAULT})
-    return {"plain": {}, **{written(λ): {"ewc_lambda": λ} for λ in strengths}}
+    fixed = {written(λ): {"ewc_lambda": λ} for λ in strengths}
+    return {"plain": {}, **fixed}
 
 
 def written(strength: float) -> str:
@@ -68,10 +70,16 @@ def lost_to_best(name: str, found: Mapping[str, list[float]], methods: list[str]
     return [f"{name}: {best}", *cells]
 
 
+def in_order(results: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+    """All methods: plain, the fixed λ from small to large, the others."""
+    names = {method for found in results.values() for method in found}
+    fixed = sorted((name for name in names if name[0].isdigit()), key=float)
+    return ["plain", *fixed, *sorted(names - {"plain", *fixed})]
+
+
 def shown(results: Mapping[str, Mapping[str, list[float]]]) -> str:
     """Both tables, of all sequences."""
-    methods = sorted({m for found in results.values() for m in found if m[0].isdigit()}, key=float)
-    methods = ["plain", *methods]
+    methods = in_order(results)
     levels = [row(name, found, methods) for name, found in results.items()]
     losses = [lost_to_best(name, found, methods) for name, found in results.items()]
     return "\n\n".join([
@@ -88,8 +96,9 @@ def main() -> None:
     for name in options.among(SEQUENCES):
         sequence = SEQUENCES[name](options)
         folder = Path(str(options.output_dir)) / name
-        results[name] = accuracies(sequence.compared(methods_of(sequence), folder, options).runs)
-        print(shown({name: results[name]}), "\n", flush=True)
+        runs = sequence.compared(methods_of(sequence), folder, options).runs
+        results[name] = accuracies(runs)
+        print(shown({name: results[name]}), flush=True)
     print(shown(results))
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from choosing_lambda import accuracies, methods_of, row
+from choosing_lambda import AUTO, accuracies, in_order, methods_of, row
 from options import TableOptions, parsed
 from sequences import SEQUENCES
 from torch.utils.data import Subset, random_split
@@ -36,14 +36,16 @@ def learn(name: str, unseen: bool, options: TableOptions) -> dict[str, list[floa
     sequence = SEQUENCES[name](options)
     tasks = [with_fisher_data(task, unseen) for task in sequence.tasks]
     folder = Path(str(options.output_dir)) / name / ("unseen" if unseen else "seen")
-    found = replace(sequence, tasks=tasks).compared(methods_of(sequence), folder, options)
+    left_out = {AUTO, *(["plain"] if unseen else [])}  # plain is the same with either Fisher
+    methods = {k: v for k, v in methods_of(sequence).items() if k not in left_out}
+    found = replace(sequence, tasks=tasks).compared(methods, folder, options)
     return accuracies(found.runs)
 
 
 def shown(results: Mapping[str, Mapping[str, list[float]]]) -> str:
-    methods = sorted({m for found in results.values() for m in found if m[0].isdigit()}, key=float)
-    rows = [row(name, found, ["plain", *methods]) for name, found in results.items()]
-    return table(["the Fisher's data", "plain", *methods], rows)
+    methods = in_order(results)
+    rows = [row(name, found, methods) for name, found in results.items()]
+    return table(["the Fisher's data", *methods], rows)
 
 
 def main() -> None:

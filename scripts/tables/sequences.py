@@ -153,7 +153,7 @@ def clinc150(options: TableOptions, domains: int = 5) -> TaskSequence:
             "warmup_steps": 4,
             "remove_unused_columns": True,
         },
-        (1e2, 3e2, 1e3, 3e3, 1e4),
+        (3e2, 1e3, 3e3, 1e4),
         {"data_collator": DataCollatorWithPadding(tokenizer)},
         SequenceConfig(
             trained_modules=["encoder.layer.4", "encoder.layer.5", "pooler", "classifier"],

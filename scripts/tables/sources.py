@@ -25,7 +25,7 @@ TEXTS_ON_THE_HUB = {
     "clinc150": ("clinc/clinc_oos", "plus", ["text"], "intent"),
     "ag_news": ("fancyzhx/ag_news", None, ["text"], "label"),
     "yelp5": ("Yelp/yelp_review_full", None, ["text"], "label"),
-    "amazon5": ("SetFit/amazon_reviews_multi_en", None, ["text"], "label"),
+    "amazon5": ("fancyzhx/amazon_polarity", None, ["title", "content"], "label"),  # 2 classes
     "dbpedia14": ("fancyzhx/dbpedia_14", None, ["title", "content"], "label"),
 }
 SHAKESPEARE = (
