@@ -14,6 +14,7 @@ from hf_ewc import EWCConfig
 
 EVERY = {
     "ewc_lambda": 50.0,
+    "ewc_give_up": 0.2,
     "ewc_mode": "separate",
     "ewc_gamma": 0.9,
     "ewc_lambda_growth": 1.5,
@@ -128,6 +129,9 @@ def test_no_collision_with_trl():
         ("ewc_lambda", "strong", "finite number"),
         ("ewc_lambda", None, "finite number"),
         ("ewc_lambda", True, "finite number"),
+        ("ewc_lambda", "strong", "or 'auto'"),
+        ("ewc_give_up", 0.0, "above 0"),
+        ("ewc_give_up", 1.0, "below 1"),
         ("ewc_mode", "both", "'online', 'separate'"),
         ("ewc_space", "lora", "'adapter', 'weight'"),
         ("ewc_gamma", 1.1, "at most 1"),
@@ -193,3 +197,12 @@ def test_numbers_as_yaml_and_numpy_give_them() -> None:
 def test_a_lambda_that_grows_out_of_range_is_refused(growth: float) -> None:
     with pytest.raises(ValueError, match="fp32 holds up to"):
         EWCConfig(ewc_lambda_growth=growth).lambdas(["a"], 4)
+
+
+def test_lambda_may_be_found():
+    assert parse("--ewc_lambda", "auto") == EWCConfig(ewc_lambda="auto")
+    assert parse("--ewc_lambda", "1e4").ewc_lambda == 1e4
+    config = EWCConfig(ewc_lambda="auto", ewc_give_up=0.05)
+    assert "auto (gives up at most 5 %" in config.summary()
+    with pytest.raises(ValueError, match="find_lambda"):
+        config.lambdas(["a"])

@@ -23,10 +23,16 @@ def refuse(name: str, value: object, allowed: str) -> NoReturn:
 
 
 def number(
-    name: str, value: object, low: float, high: float = math.inf, open_low: bool = False
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    also: str = "",
 ) -> float:
     allowed = f"a finite number {'above' if open_low else 'of at least'} {low:g}"
     allowed += f" and at most {high:g}" if high < math.inf else ""
+    allowed += f", or {also}" if also else ""
     try:
         # YAML reads 1e4, without a dot, as a string.
         found = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]

@@ -6,13 +6,23 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hf_ewc.config.checked import boolean, by_pattern, choice, hint, integer, modules, number
+from hf_ewc.config.checked import (
+    boolean,
+    by_pattern,
+    choice,
+    hint,
+    integer,
+    modules,
+    number,
+    refuse,
+)
 from hf_ewc.parameters.selection import layer_lambdas
 
 MODES = ("online", "separate")
 SPACES = ("adapter", "weight")
 STATE_DTYPES = ("float32", "bfloat16", "float16", "float8")
 LARGEST = 3.4e38
+AUTO = "auto"
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
 
 
@@ -35,12 +45,21 @@ class EWCConfig:
             and what is allowed.
     """
 
-    ewc_lambda: float = field(
+    ewc_lambda: float | str | None = field(
         default=1000.0,
         metadata=hint(
             "Strength λ of the penalty (λ/2) Σ F (θ − θ*)². At least 0; 0 switches it off. Larger "
             "where earlier tasks are forgotten, smaller where new ones are not learned; try powers "
-            "of ten."
+            "of ten. 'auto' finds it before each task, by short trials on its training data alone "
+            "(in run_tasks; see find_lambda for a trainer)."
+        ),
+    )
+    ewc_give_up: float = field(
+        default=0.1,
+        metadata=hint(
+            "With ewc_lambda 'auto': give up at most this share of what plain training would reach "
+            "on the new task, to keep the old ones. Above 0, below 1. Larger where remembering "
+            "counts more than learning."
         ),
     )
     ewc_mode: str = field(
@@ -169,7 +188,11 @@ class EWCConfig:
     )
 
     def __post_init__(self) -> None:
-        self.ewc_lambda = number("ewc_lambda", self.ewc_lambda, low=0.0)
+        if self.ewc_lambda != AUTO:
+            self.ewc_lambda = number("ewc_lambda", self.ewc_lambda, low=0.0, also="'auto'")
+        self.ewc_give_up = number("ewc_give_up", self.ewc_give_up, low=0.0, open_low=True)
+        if self.ewc_give_up >= 1.0:
+            refuse("ewc_give_up", self.ewc_give_up, "a number above 0 and below 1")
         self.ewc_gamma = number("ewc_gamma", self.ewc_gamma, low=0.0, high=1.0)
         self.ewc_lambda_growth = number(
             "ewc_lambda_growth", self.ewc_lambda_growth, low=0.0, open_low=True
@@ -177,6 +200,11 @@ class EWCConfig:
         self.ewc_keep_fraction = number(
             "ewc_keep_fraction", self.ewc_keep_fraction, low=0.0, high=1.0, open_low=True
         )
+        if self.finds_lambda and self.ewc_lambda_growth != 1.0:
+            raise ValueError(
+                f"ewc_lambda is 'auto', which finds λ for each task, and ewc_lambda_growth is "
+                f"{self.ewc_lambda_growth:g}; leave that at 1."
+            )
         choice("ewc_mode", self.ewc_mode, MODES)
         choice("ewc_space", self.ewc_space, SPACES)
         choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
@@ -196,6 +224,25 @@ class EWCConfig:
         self.fisher_batch_size = integer("fisher_batch_size", self.fisher_batch_size, low=1)
         self.fisher_seed = integer("fisher_seed", self.fisher_seed, low=0)
 
+    @property
+    def finds_lambda(self) -> bool:
+        """Whether λ is looked for before each task."""
+        return self.ewc_lambda == AUTO
+
+    @property
+    def strength(self) -> float:
+        """λ, where it is a number.
+
+        Raises:
+            ValueError: it is "auto".
+        """
+        if isinstance(self.ewc_lambda, (int, float)):
+            return self.ewc_lambda
+        raise ValueError(
+            "ewc_lambda is 'auto', which run_tasks and compare_methods find before each task; for "
+            "a trainer by itself give a number, which hf_ewc.find_lambda(trainer) finds."
+        )
+
     def lambdas(self, names: Iterable[str], num_tasks: int = 1) -> dict[str, float]:
         """λ of each parameter after `num_tasks` consolidated tasks.
 
@@ -206,7 +253,7 @@ class EWCConfig:
                 than fp32 holds.
         """
         patterns = self.ewc_layer_lambdas if isinstance(self.ewc_layer_lambdas, dict) else None
-        values = layer_lambdas(names, patterns, self.ewc_lambda)
+        values = layer_lambdas(names, patterns, self.strength)
         try:
             growth = self.ewc_lambda_growth ** (max(num_tasks, 1) - 1)
             largest = max(values.values(), default=0.0) * growth
@@ -214,16 +261,22 @@ class EWCConfig:
             largest = math.inf
         if largest > LARGEST:
             raise ValueError(
-                f"λ is {largest:g} after {num_tasks} tasks, with ewc_lambda {self.ewc_lambda:g} "
+                f"λ is {largest:g} after {num_tasks} tasks, with ewc_lambda {self.strength:g} "
                 f"and ewc_lambda_growth {self.ewc_lambda_growth:g}; fp32 holds up to {LARGEST:.2g}."
             )
         return {name: value * growth for name, value in values.items()}
+
+    def shown_lambda(self) -> str:
+        """λ for people: a number, or how it is found."""
+        if self.finds_lambda:
+            return f"auto (gives up at most {100 * self.ewc_give_up:g} % of each new task)"
+        return f"{self.strength:g}"
 
     def summary(self) -> str:
         """The settings that matter most, in a line for people."""
         samples = "all" if self.fisher_samples is None else f"{self.fisher_samples}"
         growth = f" × {self.ewc_lambda_growth:g} a task" if self.ewc_lambda_growth != 1 else ""
         return (
-            f"EWC: λ = {self.ewc_lambda:g}{growth}, {self.ewc_mode}, γ = {self.ewc_gamma:g}; "
+            f"EWC: λ = {self.shown_lambda()}{growth}, {self.ewc_mode}, γ = {self.ewc_gamma:g}; "
             f"Fisher: {self.fisher_type}, {samples} examples."
         )

@@ -25,12 +25,15 @@ class Outcome:
         seconds: wall time of the whole run: training, Fisher and evaluation.
         peak_memory: in bytes, of the process that needed most.
         importance: Σ F by layer, as the state holds it after the last task.
+        searches: how λ was found before each task, where it was looked for: the task, what was
+            `chosen` and the `trials`, each with `ewc_lambda` and `score`.
     """
 
     matrix: AccuracyMatrix
     seconds: float | None = None
     peak_memory: int | None = None
     importance: Mapping[str, LayerImportance] | None = None
+    searches: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The matrix's entries, and those of the others that are known."""
@@ -39,6 +42,7 @@ class Outcome:
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "importance": importance,
+            "lambda_search": list(self.searches),
         }
         return self.matrix.to_dict() | {key: value for key, value in own.items() if value}
 
@@ -50,6 +54,7 @@ class Outcome:
             _checked("seconds", data.get("seconds"), (int, float)),
             _checked("peak_memory", data.get("peak_memory"), int),
             _importance(data.get("importance")),
+            tuple(data.get("lambda_search") or ()),
         )
 
 

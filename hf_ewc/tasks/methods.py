@@ -136,6 +136,7 @@ def _run(name: str, method: Method, tasks: Sequence[Task], seed: int, folder: Pa
         result.cost.seconds,
         result.cost.peak_memory,
         importance_by_layer(result.state) if result.state else None,
+        tuple(curve.to_dict() for curve in result.searches),
     )
 
 

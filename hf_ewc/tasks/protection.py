@@ -20,6 +20,7 @@ from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Task
 from hf_ewc.tasks.training_data import TrainingData
+from hf_ewc.training.lambda_curve import START
 
 
 class Protection:
@@ -35,6 +36,7 @@ class Protection:
         ValueError: settings that do not go with a state of the weights under adapters.
 
     Attributes:
+        config: the settings of EWC, λ a number; None without EWC.
         state: of the backbone, or of the whole model where all tasks share its head; None before
             the first task and without EWC.
     """
@@ -46,20 +48,38 @@ class Protection:
         self._plan, self._space = plan, space
         self._of_heads: dict[str | None, EWCState] = {}
         self._old_rows: dict[str, int] = {}
+        self.config = plan.config
+        if plan.config is not None and plan.config.finds_lambda:
+            self.use(START)
         self.state = state
         if state and space.heads is not None:
             self.state, self._of_heads[None] = split(state, head_names_in_states(model))
 
-    def given(self, index: int, model: nn.Module, factor: float = 1.0) -> dict[str, Any]:
+    def use(self, ewc_lambda: float) -> None:
+        """Protect with this λ from now on."""
+        if self.config is not None:
+            self.config = replace(self.config, ewc_lambda=ewc_lambda)
+
+    def given(
+        self,
+        index: int,
+        model: nn.Module,
+        factor: float = 1.0,
+        config: EWCConfig | None = None,
+        with_ewc: bool = True,
+    ) -> dict[str, Any]:
         """State and settings for the trainer of task `index`, as its arguments.
 
         Args:
             factor: of all strengths.
+            config: in place of the settings in force.
+            with_ewc: False lets its penalty out, and nothing else.
         """
-        config, strength = self._plan.config, factor * self._plan.sequence.l2sp_lambda
+        config = config or self.config
+        strength = factor * self._plan.sequence.l2sp_lambda
         if config is not None and factor != 1.0:
             config = stronger(config, factor)
-        state = self._of(self._plan.tasks[index])
+        state = self._of(self._plan.tasks[index]) if with_ewc else EWCState()
         if strength and index:
             free = dict.fromkeys(self.new_head(index, model), 0) | self._old_rows
             state, config = with_l2_sp(state, config, model, strength, free)
@@ -83,8 +103,8 @@ class Protection:
             dataset = data.own_part(trainer.train_dataset, index)
         if dataset is None and data.places is not None:
             dataset = task.train_dataset
-        if trainer.ewc_config is not plan.config:  # in force while training: L2-SP, more strength
-            trainer.ewc_config, trainer.ewc_state = plan.config, self._of(task)
+        if trainer.ewc_config is not self.config:  # in force while training: L2-SP, more strength
+            trainer.ewc_config, trainer.ewc_state = self.config, self._of(task)
         state = trainer.consolidate(dataset, name=task.name, weight=task.weight, **given)
         self._take(state, task, trainer.model)
 
@@ -134,7 +154,7 @@ def stronger(config: EWCConfig, factor: float) -> EWCConfig:
     by_layer = config.ewc_layer_lambdas
     return replace(
         config,
-        ewc_lambda=factor * config.ewc_lambda,
+        ewc_lambda=factor * config.strength,
         ewc_layer_lambdas=(
             {pattern: factor * value for pattern, value in by_layer.items()}
             if isinstance(by_layer, dict)

@@ -30,6 +30,7 @@ from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.same_run import check_same_run, settings_of
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL
 from hf_ewc.tasks.task import Figures
+from hf_ewc.training.lambda_curve import LambdaCurve
 
 WORTH_A_REPORT = 60.0  # seconds of a task, after which its report is worth a second's drawing
 Scores = list[dict[str, Figures]]
@@ -52,6 +53,7 @@ class Record:
         steps: the optimizer steps of each task.
         figures: what the user's `after_task` returned after each task.
         tries: of the gate: tasks after which too much was lost, with what was.
+        searches: what was tried to find λ before each task, where it is looked for.
         importance: Σ F by layer in the state after the last task, where a process holds it whole.
     """
 
@@ -66,6 +68,7 @@ class Record:
         self.steps: list[int] = []
         self.figures: list[dict[str, Any]] = []
         self.tries: list[dict[str, Any]] = []
+        self.searches: list[LambdaCurve] = []
         self.importance: Mapping[str, LayerImportance] | None = None
 
     @property
@@ -85,6 +88,7 @@ class Record:
         (saved,) = runs[self.plan.method].values()
         self.matrix.take_over(saved.matrix)
         self.importance = saved.importance
+        self.searches = [LambdaCurve.from_dict(search) for search in saved.searches]
         self.metrics = content["metrics"]
         self.history = content.get("history", [])
         self.costs = self._read_costs()[: self.done]
@@ -96,6 +100,11 @@ class Record:
         """The tries of task `index` that did not pass the gate as it is set now."""
         name, allowed = self.plan.tasks[index].name, self.plan.sequence.max_forgetting
         return [t for t in self.tries if (t["task"], t["allowed"]) == (name, allowed)]
+
+    def keep_search(self, curve: LambdaCurve) -> None:
+        """Keep what is known now of the search for a task's λ."""
+        others = [known for known in self.searches if known.task != curve.task]
+        self.searches = [*others, curve]
 
     def take_back(self, index: int) -> None:
         """Forget the scores after task `index`, the last one."""
@@ -146,7 +155,8 @@ class Record:
         write_results(self.folder.results, self._runs(), self._details())
 
     def _runs(self) -> dict[str, dict[int, Outcome]]:
-        outcome = Outcome(self.matrix, importance=self.importance)
+        searches = tuple(curve.to_dict() for curve in self.searches)
+        outcome = Outcome(self.matrix, importance=self.importance, searches=searches)
         return {self.plan.method: {self.plan.args.seed: outcome}}
 
     @property

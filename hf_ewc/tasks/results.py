@@ -13,6 +13,7 @@ from hf_ewc.report import Cost
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.task import Figures
+from hf_ewc.training.lambda_curve import LambdaCurve
 
 
 @dataclass
@@ -28,6 +29,7 @@ class TaskResults:
         figures: what `after_task` returned after task i, `figures[i]`.
         cost: seconds, and peak memory in bytes, of training, Fisher and evaluation, over all calls.
         history: what was logged while training task i, `history[i]`: steps, losses, learning rates.
+        searches: how λ was found before each task, with `ewc_lambda="auto"`.
     """
 
     matrix: AccuracyMatrix
@@ -38,3 +40,4 @@ class TaskResults:
     history: list[list[Entry]] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     figures: list[dict[str, Any]] = field(default_factory=list)
+    searches: list[LambdaCurve] = field(default_factory=list)

@@ -21,6 +21,7 @@ from hf_ewc.tasks.checks import (
     check_tasks,
     check_types,
 )
+from hf_ewc.tasks.lambda_search import check_search
 from hf_ewc.tasks.plan import AfterTask, Plan
 from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
@@ -164,7 +165,7 @@ def planned(
     check_sequence(tasks, args, trainer_class, sequence, ewc_config)
     for task in (*tasks, *evaluate_also):
         check_score(task, task.compute_metrics or compute_metrics)
-    return Plan(
+    plan = Plan(
         tasks=tuple(tasks),
         args=args,
         config=ewc_config,
@@ -180,3 +181,5 @@ def planned(
         after_task=after_task,
         trainer_kwargs=trainer_kwargs,
     )
+    check_search(plan)
+    return plan

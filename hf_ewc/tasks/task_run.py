@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import ProgressCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback
 
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.parameters.names import unwrap
@@ -21,16 +20,15 @@ from hf_ewc.processes import check_launch
 from hf_ewc.report import Cost, measured
 from hf_ewc.state.by_layer import importance_by_layer
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.tasks.arguments import arguments_of
 from hf_ewc.tasks.beginning import Beginning
 from hf_ewc.tasks.blueprint import Blueprint, check_saves_whole
-from hf_ewc.tasks.evaluation import evaluate, metrics_of, warn_of_lost
+from hf_ewc.tasks.evaluation import evaluate, warn_of_lost
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.gate import lost, refusal
 from hf_ewc.tasks.growth import Growth
 from hf_ewc.tasks.history import history_of
 from hf_ewc.tasks.label_space import LabelSpace
-from hf_ewc.tasks.learning_rates import only_these_train
+from hf_ewc.tasks.lambda_search import NOT_IN_SHARDS, LambdaSearch
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process, is_main
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.progress import TaskProgress
@@ -38,11 +36,10 @@ from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.record import Record
 from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.run_folder import RunFolder
-from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
 from hf_ewc.tasks.task import Figures, Task, score_of
+from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.tracking import SequenceTracker
 from hf_ewc.tasks.training_data import TrainingData, training_data
-from hf_ewc.tasks.ways import additions, adds_to_steps, average, trained
 from hf_ewc.training.checkpoints import newest_whole_checkpoint
 from hf_ewc.training.converted_weights import needs_conversion
 from hf_ewc.training.saved_weights import load_weights
@@ -70,7 +67,8 @@ class TaskRun:
         self.space = LabelSpace(model, plan.tasks, plan.args.seed, plan.sequence.separated_softmax)
         self.growth = Growth(plan, model, self.space)
         self.protection = Protection(plan, self.space, model, state)
-        self._collator: Any = None
+        self._training = TaskTraining(plan, self.space, self.growth, self.protection, self.folder)
+        self._search = LambdaSearch(plan, self.space, self.protection, self._training, self.record)
         self._blueprint: Blueprint | None = None
         self._beginning = Beginning(model) if plan.sequence.joint_training else None
         self._is_resumed = False
@@ -115,6 +113,7 @@ class TaskRun:
             history=record.history,
             cost=sum(record.costs, Cost()),
             figures=record.figures,
+            searches=record.searches,
         )
 
     def learn_all(self) -> None:
@@ -187,6 +186,7 @@ class TaskRun:
         index = self.record.done - 1
         if self.plan.after_task is None or index < 0 or len(self.record.figures) > index:
             return
+        self._search.use_found(index)
         self._call_user(self._trainer(index, training_data(self.plan, index, self.space)), index)
 
     def _learnt(self, index: int, progress: TaskProgress | None, factor: float) -> Any:
@@ -199,11 +199,13 @@ class TaskRun:
         data = training_data(self.plan, index, self.space)
         if data.replayed is not None:
             by_main_process(lambda: self.folder.note_replay(index, data.replayed or {}))
+        self._search.find(index, self.model, data)
         trainer = self._trainer(index, data, factor)
-        if self.space.heads is not None and (
-            trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        ):
+        in_shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if self.space.heads is not None and in_shards:
             raise ValueError("head= does not go with FSDP or DeepSpeed yet; use DDP.")
+        if in_shards and self.plan.config is not None and self.plan.config.finds_lambda:
+            raise ValueError(NOT_IN_SHARDS)
         if self.plan.sequence.head_warmup_share and trainer.is_deepspeed_enabled:
             raise ValueError(
                 "head_warmup_share does not go with DeepSpeed, whose engine steps within the "
@@ -244,30 +246,16 @@ class TaskRun:
 
     def _train(self, trainer: Any, index: int, data: TrainingData) -> None:
         """Train the task as the plan asks, and fold it into the state."""
-        plan, views = self.plan, self.growth.views(index)
-        collator = trainer.data_collator
-        with self.space.of(views[index], plan.mask_training):
-            set_seed(trainer.args.seed)
-            trainer.data_collator = data.collator(trainer, plan, self._collator)
-            with self._all_heads(data), only_these_train(self.model, trained(plan, self.model)):
-                if isinstance(trainer, SequenceMixin):
-                    trainer.additions = additions(plan, index, self.model, self.space, views)
-                mean = average(plan, index, self.model, self.protection)
-                trainer.train(resume_from_checkpoint=self._checkpoint(trainer))
+        plan = self.plan
+        mean = self._training.train(trainer, index, data, self._checkpoint(trainer))
+        with self.space.of(self.growth.views(index)[index], plan.mask_training):
             if mean is not None:
                 mean.apply(self.model)
-            self.growth.finish(trainer, index, data, self._collator)
-            trainer.data_collator = collator
+            self.growth.finish(trainer, index, data, self._training.collator)
             if plan.config is not None:
                 self.protection.consolidate(trainer, index, data)
             if plan.sequence.weight_average == "fisher" and index:
                 trainer.ewc_state.merge(self.model)
-
-    def _all_heads(self, data: TrainingData) -> AbstractContextManager[None]:
-        """All heads in the model, where a batch may have examples for any of them."""
-        if self.space.heads is None or not data.tagged:
-            return nullcontext()
-        return self.space.heads.all_registered()
 
     def _checkpoint(self, trainer: Any) -> str | None:
         """The newest whole checkpoint of the task, None to begin it anew."""
@@ -308,37 +296,11 @@ class TaskRun:
                 self.record.matrix.set_other(task.name, learnt, score)
 
     def _evaluate(self, trainer: Any, tasks: Sequence[Task]) -> dict[str, Figures]:
-        return evaluate(trainer, tasks, self.plan, self.space, self._collator)
+        return evaluate(trainer, tasks, self.plan, self.space, self._training.collator)
 
     def _trainer(self, index: int, data: TrainingData, factor: float = 1.0) -> Any:
-        plan, task = self.plan, self.plan.tasks[index]
-        # An accelerator with DeepSpeed is the only one, until its state is reset.
-        AcceleratorState._reset_state()
-        trainer_class = plan.trainer_class
-        if adds_to_steps(plan, index, data):
-            trainer_class = sequence_trainer(trainer_class)
-        trainer = trainer_class(
-            model=self.model,
-            args=self._arguments(index, data),
-            train_dataset=data.dataset,
-            eval_dataset=task.eval_dataset,
-            data_collator=plan.data_collator,
-            compute_metrics=metrics_of(task, plan, self.model),
-            **self.protection.given(index, self.model, factor),
-            **plan.trainer_kwargs,
-        )
-        self._collator = trainer.data_collator  # the plan's, or the trainer's default
-        trainer.data_collator = task.data_collator or self._collator
-        if isinstance(trainer, SequenceMixin):
-            trainer.additions = Additions(plan.tasks, self.space)
-        return trainer
-
-    def _arguments(self, index: int, data: TrainingData) -> TrainingArguments:
-        task, folder = self.plan.tasks[index], str(self.folder.task(index))
-        args = arguments_of(task, self.plan.args, index, folder)
-        if data.apart:  # several forwards in a step; see `SequenceMixin`
-            args.ddp_find_unused_parameters = args.ddp_broadcast_buffers = False
-        return args
+        given = self.protection.given(index, self.model, factor)
+        return self._training.trainer(self.model, index, data, given)
 
     def _restore(self) -> None:
         """Take up scores, weights and state of the tasks that are done."""

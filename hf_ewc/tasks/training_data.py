@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -77,6 +78,23 @@ def training_data(plan: Plan, index: int, space: LabelSpace) -> TrainingData:
     places, kept_out = _kept_out(places, plan, index)
     dataset = mixed(sources, places, tagged)
     return TrainingData(dataset, places, tagged, apart, replayed, kept_out)
+
+
+def without(
+    data: TrainingData, sources: Sequence[Any], index: int, rows: Collection[int]
+) -> TrainingData:
+    """The training data of task `index` without these of its own examples.
+
+    Args:
+        sources: the training data of each task.
+        rows: numbers of examples in `sources[index]`.
+    """
+    out = {(index, row) for row in rows}
+    places = data.places
+    if places is None:
+        places = [(index, row) for row in range(len(sources[index]))]
+    left = [place for place in places if place not in out]
+    return replace(data, dataset=mixed(sources, left, data.tagged), places=left)
 
 
 def _kept_out(places: list[Place], plan: Plan, index: int) -> tuple[list[Place], list[Place]]:

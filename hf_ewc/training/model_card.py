@@ -13,7 +13,7 @@ def add_section(path: Path, config: EWCConfig, state: EWCState) -> None:
     """Give the card at `path` the tag `ewc` and a section on λ and the tasks, once."""
     growth = config.ewc_lambda_growth
     settings: dict[str, object] = {
-        "λ": f"{config.ewc_lambda:g}" + (f" × {growth:g} per further task" if growth != 1 else ""),
+        "λ": config.shown_lambda() + (f" × {growth:g} per further task" if growth != 1 else ""),
         "Mode": f"{config.ewc_mode}, γ = {config.ewc_gamma:g}",
     }
     if config.ewc_layer_lambdas:

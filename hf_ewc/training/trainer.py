@@ -62,6 +62,8 @@ class EWCMixin(StateHolder):
                 f"ewc_config is a {type(ewc_config).__name__}; needed is an EWCConfig, such as "
                 "EWCConfig(ewc_lambda=1e3)."
             )
+        if ewc_config is not None:
+            _ = ewc_config.strength  # a number; no trainer knows of further trainings to find it by
         self.ewc_config = ewc_config if ewc_config is not None else EWCConfig()
         self._ewc_penalty: ActivePenalty | None = None
         self._ewc_entry: OncePerStep | None = None

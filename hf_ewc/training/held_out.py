@@ -1,0 +1,44 @@
+"""Which examples of a task's training data are kept out of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import Subset
+
+HELD_OUT = 0.2  # of a task's training examples
+FEWEST = 2
+
+
+def has_rows(data: Any) -> bool:
+    """Whether its examples can be counted and read by number, which streams' cannot."""
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
+def held_out_rows(count: int, seed: int) -> list[int]:
+    """A fifth of `count` examples, at least one, in order; the same in every process and run.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if count < FEWEST:
+        raise ValueError(
+            f"the training data has {count} examples, of which some are to be held out; needed "
+            f"are {FEWEST} or more."
+        )
+    order = np.random.default_rng([seed, count]).permutation(count)
+    return sorted(order[: max(1, round(HELD_OUT * count))].tolist())
+
+
+def other_rows(count: int, rows: Sequence[int]) -> list[int]:
+    """All but these."""
+    out = set(rows)
+    return [row for row in range(count) if row not in out]
+
+
+def rows_of(data: Any, rows: Sequence[int]) -> Any:
+    """The examples with these numbers, as a data set of the same kind where that is possible."""
+    return data.select(rows) if isinstance(data, datasets.Dataset) else Subset(data, rows)

@@ -1,0 +1,286 @@
+"""λ found before each task by trials on its training data alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_tasks import arguments, examples, same_weights, vit
+from transformers import Trainer, TrainerCallback
+
+from hf_ewc import EWCConfig, EWCState, EWCTrainer, Task, run_tasks
+from hf_ewc.tasks.lambda_search import LambdaSearch
+from hf_ewc.training.held_out import held_out_rows
+from hf_ewc.training.lambda_curve import HIGHEST, LambdaCurve, Trial
+
+LONG = dict(num_train_epochs=12)
+AUTO = EWCConfig(ewc_lambda="auto", fisher_samples=8)
+
+
+def three_tasks():
+    """Domains of the same two classes, whose rows lie elsewhere in the image."""
+    found = []
+    for k in range(3):
+        data = [examples((0, 1), 40 if part == 0 else 12, seed=10 * k + part) for part in (0, 1)]
+        for part in data:
+            for example in part:
+                example["pixel_values"] = example["pixel_values"].roll(k, 1)
+        found.append(Task(name=f"rows {k}", train_dataset=data[0], eval_dataset=data[1]))
+    return found
+
+
+# ---- The rule ----
+
+
+def curve_of(scores, **options):
+    """A curve whose trials score what `scores` says of λ, as far as the rule asks for them."""
+    curve = LambdaCurve("a", **options)
+    while (strength := curve.upcoming()) is not None:
+        curve = curve.with_trial(Trial(strength, scores[strength]))
+    return curve
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "passed"),
+    [
+        ({0: 0.9, 1e4: 0.9}, 1e4, True),
+        ({0: 1.0, 1e4: 0.9}, 1e4, True),
+        ({0: 0.9, 1e4: 0.5, 1e3: 0.8, 1e2: 0.9}, 1e2, True),
+        ({0: 0.9, 1e4: None, 1e3: 0.85}, 1e3, True),
+        ({0: 0.9, 1e4: 0, 1e3: 0, 1e2: 0, 1e1: 0, 1: 0}, 1.0, False),
+        ({0: None, 1e4: 0.3}, 1e4, True),
+    ],
+)
+def test_the_first_that_keeps_enough_is_chosen(scores, chosen, passed):
+    curve = curve_of(scores)
+    assert (curve.chosen, curve.passed, len(curve.trials)) == (chosen, passed, len(scores))
+    assert f"λ = {chosen:g}" in curve.in_words()
+    assert LambdaCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+
+
+@pytest.mark.parametrize(("before", "plain", "needed"), [(-2.0, -1.0, -1.1), (-50.0, -10.0, -14.0)])
+def test_of_a_loss_it_is_the_improvement_that_counts(before, plain, needed):
+    options = dict(before=before, by_improvement=True)
+    assert curve_of({0: plain, 1e4: needed}, **options).chosen == 1e4
+    scores = {0: plain, 1e4: needed - 0.01, 1e3: plain}
+    assert curve_of(scores, **options).chosen == 1e3
+
+
+def test_scores_below_zero_count_by_improvement_too():
+    assert curve_of({0: -0.5, 1e4: -0.54, 1e3: 0.0}, before=-1.0).chosen == 1e4
+    assert curve_of({0: -0.5, 1e4: -0.56, 1e3: 0.0}, before=-1.0).chosen == 1e3
+
+
+def test_more_may_be_given_up():
+    assert curve_of({0: 1.0, 1e4: 0.6}, give_up=0.4).chosen == 1e4
+
+
+def test_where_the_next_search_begins():
+    assert curve_of({0: 1.0, 1e3: 1.0}, first=1e3).next_first() == 1e4
+    assert curve_of({0: 1.0, 1e4: 0.2, 1e3: 1.0}).next_first() == 1e3
+
+
+def test_a_trial_that_lags_far_behind_is_hopeless():
+    curve = LambdaCurve("a").with_trial(Trial(0.0, 1.0, halfway=0.8))
+    assert curve.is_hopeless(0.39)
+    assert not curve.is_hopeless(0.41)
+    assert curve.is_hopeless(None)
+    assert not LambdaCurve("a").is_hopeless(0.0)
+
+
+# ---- The search, replayed by hand with plain trainers ----
+
+
+class Seen(TrainerCallback):
+    """Which trainings a callback of the user's has seen."""
+
+    def __init__(self):
+        self.begun = 0
+
+    def on_train_begin(self, *args, **kwargs):
+        self.begun += 1
+
+
+def score_by_hand(model, data):
+    images = torch.stack([example["pixel_values"] for example in data])
+    labels = torch.tensor([example["labels"] for example in data])
+    model.eval()
+    with torch.no_grad():
+        return float((model(pixel_values=images).logits.argmax(-1) == labels).float().mean())
+
+
+def by_hand(folder, tasks, args, config):
+    """The weights after all tasks, and (λ, score) of each trial of each task."""
+    model, state, first, found = vit(), EWCState(), 1e4, []
+    for k, task in enumerate(tasks):
+        own = replace(args, seed=args.seed + k, output_dir=str(folder))
+        data, begin = task.train_dataset, {n: v.clone() for n, v in model.state_dict().items()}
+        rows = held_out_rows(len(data), own.seed)
+        rest = [data[i] for i in range(len(data)) if i not in rows]
+        short = replace(own, num_train_epochs=0.4 * args.num_train_epochs * len(data) / len(rest))
+
+        def trained(strength, args, data, begin=begin, state=state):
+            model.load_state_dict(begin)
+            settings = replace(config, ewc_lambda=strength)
+            options = dict(model=model, args=args, train_dataset=data)
+            if strength:
+                trainer = EWCTrainer(ewc_config=settings, ewc_state=state, **options)
+            else:
+                trainer = Trainer(**options)
+            trainer.train()
+            return trainer
+
+        strength = 1e4
+        if k:
+            held = [data[i] for i in rows]
+            trained(0.0, short, rest)
+            scores = [(0.0, score_by_hand(model, held))]
+            strength = first
+            while True:
+                trained(strength, short, rest)
+                scores.append((strength, score_by_hand(model, held)))
+                if scores[-1][1] >= 0.9 * scores[0][1] or strength <= 1:
+                    break
+                strength /= 10
+            first = min(HIGHEST, strength * 10) if len(scores) == 2 else strength
+            found.append(scores)
+        state = trained(strength, own, data).consolidate(name=task.name)
+    return model, found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    seen = Seen()
+    result = run_tasks(vit(), three_tasks(), arguments(folder, **LONG), AUTO, callbacks=[seen])
+    assert seen.begun == 3  # a callback sees the trainings alone
+    return result
+
+
+def tried(result):
+    return [[(t.ewc_lambda, t.score) for t in curve.trials] for curve in result.searches]
+
+
+def test_a_run_is_as_with_plain_trainers_by_hand(tmp_path, whole):
+    args = arguments(tmp_path, **LONG)
+    model, expected = by_hand(tmp_path, three_tasks(), args, AUTO)
+    assert same_weights(whole.model, model)
+    assert max(map(len, expected)) > 2  # something was tried twice
+    for found, trials in zip(tried(whole), expected, strict=True):
+        assert [strength for strength, _ in found] == [strength for strength, _ in trials]
+        for (_, score), (_, by_hand_score) in zip(found, trials, strict=True):
+            # What was stopped half-way would not have passed in the end.
+            assert by_hand_score < 0.9 * trials[0][1] if score is None else score == by_hand_score
+
+
+def test_every_trial_is_written_down(whole):
+    content = json.loads((whole.output_dir / "results.json").read_text())
+    (run,) = content["runs"]["EWC"]
+    assert [search["task"] for search in run["lambda_search"]] == ["rows 1", "rows 2"]
+    for search, curve in zip(run["lambda_search"], whole.searches, strict=True):
+        assert search["chosen"] == curve.chosen
+        assert [trial["score"] for trial in search["trials"]] == [t.score for t in curve.trials]
+        assert all(trial["seconds"] > 0 for trial in search["trials"])
+        assert search["trials"][0]["steps"] == 25  # 0.4 of 60, as many for fewer examples
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_killed_inside_a_search_it_goes_on_without_the_trials_that_were_made(
+    tmp_path, whole, monkeypatch, at
+):
+    made, trial = [], LambdaSearch._with_trial
+
+    def dies(self, curve, task, strength):
+        if len(made) == at:
+            raise RuntimeError("killed")
+        made.append(strength)
+        return trial(self, curve, task, strength)
+
+    monkeypatch.setattr(LambdaSearch, "_with_trial", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_tasks(vit(), three_tasks(), arguments(tmp_path, **LONG), AUTO)
+    at = 100
+    part = run_tasks(vit(), three_tasks(), arguments(tmp_path, **LONG), AUTO)
+    assert same_weights(part.model, whole.model)
+    assert part.matrix == whole.matrix
+    assert tried(part) == tried(whole)
+    assert made == [strength for trials in tried(whole) for strength, _ in trials]
+
+
+# ---- What the trials see ----
+
+
+def test_the_part_that_scores_is_not_trained_on_and_no_evaluation_data_is_seen(
+    tmp_path, monkeypatch
+):
+    """Examples are numbered by a pixel, and what each trainer was given is looked at."""
+    tasks, given = three_tasks()[:2], []
+    for task in tasks:
+        for i, example in enumerate(task.train_dataset):
+            example["pixel_values"][0, 0, 0] = i
+
+    train, scored = EWCTrainer.train, EWCTrainer.evaluate
+
+    def numbers(data):
+        return [int(example["pixel_values"][0, 0, 0]) for example in data]
+
+    def watched(self, *args, **kwargs):
+        given.append(numbers(self.train_dataset))
+        return train(self, *args, **kwargs)
+
+    def evaluated(self, data, **kwargs):
+        if data is not tasks[0].eval_dataset and data is not tasks[1].eval_dataset:
+            assert sorted(numbers(data)) == held_out_rows(40, 43)
+            assert not set(numbers(data)) & set(given[-1] if len(given) > 1 else [])
+        else:
+            assert len(given) in (1, 4)  # after a task, not in a trial
+        return scored(self, data, **kwargs)
+
+    monkeypatch.setattr(EWCTrainer, "train", watched)
+    monkeypatch.setattr(EWCTrainer, "evaluate", evaluated)
+    monkeypatch.setattr("hf_ewc.training.lambda_curve.LOWEST", 1e4)
+    run_tasks(vit(), tasks, arguments(tmp_path, max_steps=4), AUTO)
+    assert [len(data) for data in given] == [40, 32, 32, 40]
+    assert len(held_out_rows(40, 43)) == 8
+    assert held_out_rows(40, 43) != held_out_rows(40, 44)
+
+
+# ---- Refusals ----
+
+
+def test_a_trainer_by_itself_is_told_of_find_lambda():
+    with pytest.raises(ValueError, match="find_lambda"):
+        EWCTrainer(vit(), ewc_config=AUTO)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(examples((0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(train_dataset=Stream()), "stream"),
+        (dict(train_dataset=examples((0, 1), 1)), "1 examples"),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused_before_the_first_step(tmp_path, change, message):
+    tasks = three_tasks()
+    tasks[1] = replace(tasks[1], **change)
+    with pytest.raises(ValueError, match=message):
+        run_tasks(vit(), tasks, arguments(tmp_path, max_steps=1), AUTO)
+    assert not list(tmp_path.iterdir())
+
+
+def test_optimizers_that_are_given_are_refused(tmp_path):
+    model = vit()
+    optimizers = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(ValueError, match="optimizers"):
+        run_tasks(model, three_tasks(), arguments(tmp_path), AUTO, optimizers=optimizers)
+
+
+def test_growth_is_refused():
+    with pytest.raises(ValueError, match="leave that at 1"):
+        EWCConfig(ewc_lambda="auto", ewc_lambda_growth=2.0)
