@@ -61,7 +61,7 @@ def push(
     """Upload the state in `folder` and its section of the model card in one commit; its address."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    card = with_section(_present_card(api, repo_id, revision), section)
+    card = with_section(present_card(api, repo_id, revision), section)
     (folder / "README.md").write_text(card, encoding="utf-8")
     commit = api.upload_folder(
         repo_id=repo_id,
@@ -74,7 +74,8 @@ def push(
     return str(commit.commit_url)
 
 
-def _present_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+def present_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """The model card of a repository, None where it has none."""
     try:
         path = api.hf_hub_download(repo_id, "README.md", revision=revision)
     except (EntryNotFoundError, RepositoryNotFoundError):

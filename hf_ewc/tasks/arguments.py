@@ -12,7 +12,10 @@ from transformers import TrainingArguments
 from hf_ewc.tasks.task import Task
 
 # What belongs to the run as a whole.
-_OF_THE_RUN = ("output_dir", "seed", "data_seed", "use_cpu", "fsdp", "fsdp_config", "deepspeed")
+_OF_THE_RUN = (
+    *("output_dir", "seed", "data_seed", "use_cpu", "fsdp", "fsdp_config", "deepspeed"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
+)
 
 
 def checked(given: Any, args: TrainingArguments, owner: str) -> dict[str, Any]:
@@ -62,8 +65,9 @@ def own_arguments(task: Task, args: TrainingArguments) -> dict[str, Any]:
 def arguments_of(task: Task, args: TrainingArguments, index: int, folder: str) -> TrainingArguments:
     """The run's arguments with the task's own settings, folder and seed.
 
-    They report to nothing: trackers see one run for all tasks, by the `SequenceTracker`.
+    They report to nothing: trackers see one run for all tasks, by the `SequenceTracker`. They push
+    nothing: the last model goes to the Hub in the end, by its `Repository`.
     """
     own = own_arguments(task, args)
-    run = {"output_dir": folder, "seed": args.seed + index, "report_to": []}
+    run = {"output_dir": folder, "seed": args.seed + index, "report_to": [], "push_to_hub": False}
     return with_settings(args, {**own, **run})

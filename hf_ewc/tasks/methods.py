@@ -99,6 +99,11 @@ def compare_methods(
             refuses, before anything is trained.
     """
     _check(methods, seeds)
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub is for one model, and compare_methods trains one by each method with each "
+            "seed; leave it out, or train in one way by run_tasks (a recipe: without methods)."
+        )
     resolved = {
         name: _method(name, settings, make_model, args, options)
         for name, settings in methods.items()

@@ -22,7 +22,9 @@ from hf_ewc.tasks.checks import (
     check_types,
 )
 from hf_ewc.tasks.lambda_search import check_search
+from hf_ewc.tasks.main_process import by_main_process
 from hf_ewc.tasks.plan import AfterTask, Plan
+from hf_ewc.tasks.publishing import Repository
 from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
 from hf_ewc.tasks.sequence_config import SequenceConfig
@@ -68,7 +70,8 @@ def run_tasks(
         model: trained in place (under FSDP2 a new one for each further task: see the result's); to
             go on, give it as it was at first.
         tasks: in the order of training.
-        args: for every task; `args.output_dir` holds the run, with a folder for each task.
+        args: for every task; `args.output_dir` holds the run, with a folder for each task. With
+            `push_to_hub` the last model goes to the Hub in the end, with its state and card.
         ewc_config: None trains plainly, for comparison.
         sequence_config: replay, warm-up, L2-SP and other ways to go from task to task, with EWC or
             without.
@@ -132,8 +135,14 @@ def run_tasks(
     run = TaskRun(plan, model, state, matrix)
     if plan.scenario == "class":
         logger.warning(CLASS_INCREMENTAL)
+    repository = Repository(args)
     with run.started(resume):
+        if repository.is_wanted:
+            by_main_process(repository.make)
         run.learn_all()
+        if repository.is_wanted:
+            folder, done = run.folder.model(len(tasks) - 1), run.results
+            by_main_process(lambda: repository.upload(folder, matrix, ewc_config, done.state))
     return run.results
 
 
