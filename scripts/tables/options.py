@@ -49,9 +49,11 @@ class TableOptions:
         return [name for name in names if self.only is None or name in self.only]
 
 
-def parsed(name: str, arguments: list[str] | None = None, **defaults: Any) -> TableOptions:
-    """The options of the table `name`, from the command line."""
-    parser = HfArgumentParser(TableOptions)  # type: ignore[arg-type]
+def parsed(
+    name: str, arguments: list[str] | None = None, kind: Any = TableOptions, **defaults: Any
+) -> Any:
+    """The options of the table `name`, a `kind` of them, from the command line."""
+    parser = HfArgumentParser(kind)
     parser.set_defaults(**{"output_dir": f"runs/tables/{name}", **defaults})
     (options,) = parser.parse_args_into_dataclasses(args=arguments)
     transformers.logging.set_verbosity_error()

@@ -3,7 +3,7 @@
 FOLDER/mnist/data.npz            x_train, y_train, x_test, y_test (n, 28, 28)
 FOLDER/cifar100/data*.npz        the same (n, 32, 32, 3)
 FOLDER/NAME/{train,test}.parquet columns text, label; FOLDER/NAME/labels.json: label_names
-FOLDER/lm/tinyshakespeare/train.txt
+FOLDER/lm/tinyshakespeare/{train,validation,test}.txt
 """
 
 import json
@@ -103,3 +103,16 @@ def shakespeare(folder: Path | None) -> str:
         return (folder / "lm" / "tinyshakespeare" / "train.txt").read_text(encoding="utf-8")
     lines = datasets.load_dataset("text", data_files=SHAKESPEARE, split="train")["text"]
     return "\n".join(lines)
+
+
+def shakespeare_parts(folder: Path | None) -> dict[str, str]:
+    """Text to train on, to choose by and to test on: the first 90 %, then 5 % each."""
+    names = ("train", "validation", "test")
+    if folder is not None:
+        return {
+            name: (folder / "lm" / "tinyshakespeare" / f"{name}.txt").read_text(encoding="utf-8")
+            for name in names
+        }
+    whole = shakespeare(None)
+    ends = (0, int(0.9 * len(whole)), int(0.95 * len(whole)), len(whole))
+    return {name: whole[a:b] for name, a, b in zip(names, ends, ends[1:], strict=False)}

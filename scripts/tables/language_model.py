@@ -1,0 +1,158 @@
+"""What a language model keeps of general text while it learns Shakespeare by LoRA.
+
+    scripts/reproduce language_model [--only plain "replay 5 %" ...] [--seeds N] [--validation]
+
+SmolLM2-135M, r = 8 on all linear maps, blocks of 128 tokens, bf16. The first task, general text
+(news, encyclopedia, reviews), is not trained on: its learning rate is 0, and what the model knows
+of it is protected before the adapter has taken a step. Perplexity on texts that had no part in
+training; steps and learning rate were chosen on other texts (`--validation`), with one seed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from options import TableOptions, parsed
+from peft import LoraConfig, get_peft_model
+from sequences import TaskSequence
+from sources import shakespeare_parts, texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_ewc import Task
+from hf_ewc.report.statistics import estimate
+from hf_ewc.tasks.methods import Comparison
+
+GENERAL = ("ag_news", "dbpedia14", "yelp5")
+BLOCK = 128
+
+
+@dataclass
+class LanguageModelOptions(TableOptions):
+    smollm2: str = field(
+        default="HuggingFaceTB/SmolLM2-135M",
+        metadata={"help": "Name or folder of the language model."},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW."})
+    validation: bool = field(
+        default=False, metadata={"help": "Score on the texts that settings were chosen on."}
+    )
+
+
+def methods() -> dict[str, Any]:
+    found: dict[str, Any] = {"plain": {"evaluate_unseen": True}}
+    for space, title in (("adapter", "EWC of A and B"), ("weight", "EWC of the weights")):
+        for strength in ADAPTER_LAMBDAS if space == "adapter" else WEIGHT_LAMBDAS:
+            found[f"{title}, λ = {strength:g}"] = {
+                "ewc_space": space, "ewc_lambda": strength, "fisher_samples": 32,
+            }  # fmt: skip
+    for strength in L2_LAMBDAS:
+        found[f"L2-SP, λ = {strength:g}"] = {"l2sp_lambda": strength}
+    return found | {"replay 5 %": {"replay_share": 0.05}}
+
+
+ADAPTER_LAMBDAS = (1e1, 1e2, 1e3)
+WEIGHT_LAMBDAS = (1e1, 1e2, 1e3)
+L2_LAMBDAS = (1e-3, 1e-2, 1e-1)
+
+
+def sequence_of(options: LanguageModelOptions) -> TaskSequence:
+    tokenizer = AutoTokenizer.from_pretrained(options.smollm2)
+    frames = [texts(name, options.folder) for name in GENERAL]
+
+    def general(split: int, most: int, skipped: int = 0) -> list[list[int]]:
+        return [
+            block
+            for frame in frames
+            for block in blocks(frame[split].text.iloc[skipped:], tokenizer, most)
+        ]
+
+    plays = shakespeare_parts(options.folder)
+    scored = "validation" if options.validation else "test"
+    play = partial(blocks, tokenizer=tokenizer)
+    learnt = examples(play([plays["train"]], most=1000))
+    tasks = [
+        Task(
+            "general text",
+            examples(general(0, 30)),
+            examples(general(0, 8, skipped=2000) if options.validation else general(1, 8)),
+            metric="perplexity",
+            training_args={"learning_rate": 0.0, "max_steps": 1},
+        ),
+        Task(
+            "Shakespeare",
+            learnt,
+            examples(play([plays[scored]], most=24)),
+            metric="perplexity",
+            fisher_dataset=learnt.select(range(4)),  # nothing comes after it
+        ),
+    ]
+    return TaskSequence(
+        "General text, then Shakespeare; SmolLM2-135M by LoRA",
+        tasks,
+        partial(adapted, options.smollm2),
+        {"learning_rate": options.learning_rate, "max_steps": 30, "bf16": True,
+         "use_cpu": not torch.cuda.is_available(),
+         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 6,
+         "lr_scheduler_type": "linear", "remove_unused_columns": True},
+        (),
+    )  # fmt: skip
+
+
+def adapted(name: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+    model.config.use_cache = False
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    return get_peft_model(model, lora)
+
+
+def blocks(several: Any, tokenizer: Any, most: int) -> list[list[int]]:
+    """The texts joined and cut, an end-of-text token behind each; `most` blocks, the first."""
+
+    def whole() -> Iterator[list[int]]:
+        rest: list[int] = []
+        for text in several:
+            rest += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+            while len(rest) >= BLOCK:
+                yield rest[:BLOCK]
+                rest = rest[BLOCK:]
+
+    return list(islice(whole(), most))
+
+
+def examples(found: list[list[int]]) -> Dataset:
+    return Dataset.from_dict({"input_ids": found, "labels": found})
+
+
+def shown(found: Comparison) -> str:
+    """Perplexities in the end, mean ± standard error over seeds."""
+    lines = ["| | general text | Shakespeare |", "|---|--:|--:|"]
+    for outcome in found.runs.get("plain", {}).values():
+        before = [f"{-float(score):.2f}" for score in outcome.matrix.baseline]
+        lines[2:] = [f"| not trained | {' | '.join(before)} |"]  # the same with all seeds
+    for name, runs in found.runs.items():
+        last = [outcome.matrix.scores[-1] for outcome in runs.values()]
+        columns = [_level([-float(row[task]) for row in last]) for task in (0, 1)]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _level(values: list[float]) -> str:
+    found = estimate(values)
+    return f"{found.mean:.2f} ± {found.error:.2f}"
+
+
+def main() -> None:
+    options: LanguageModelOptions = parsed("language_model", kind=LanguageModelOptions)
+    every = methods()
+    chosen = {name: every[name] for name in options.among(every)}
+    sequence = sequence_of(options)
+    print(shown(sequence.compared(chosen, Path(str(options.output_dir)), options)))
+
+
+if __name__ == "__main__":
+    main()
