@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -14,9 +17,10 @@ from test_tasks import CONFIG, arguments, examples, same_weights, two_tasks, vit
 from transformers import TrainerCallback
 
 import hf_ewc.report.writing as writing
-from hf_ewc import EWCTrainer, Task, run_tasks
+from hf_ewc import EWCConfig, EWCTrainer, Task, run_tasks
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.run_folder import RunFolder
+from hf_ewc.tasks.same_run import check_same_run
 
 
 def run(folder, **options):
@@ -229,3 +233,13 @@ class Listening(EWCTrainer):
 def test_a_given_likelihood_reaches_the_fisher(tmp_path):
     run(tmp_path, log_likelihood=vit, trainer_class=Listening)
     assert Listening.given == [vit, vit]
+
+
+@pytest.mark.parametrize(("now", "goes_on"), [(0.1, True), (0.2, False)])
+def test_a_run_goes_on_that_began_before_a_setting_was_there(now, goes_on):
+    """What it does not tell of EWC was as it is untouched."""
+    config = asdict(EWCConfig(ewc_lambda=10.0))
+    before = {"tasks": [], "ewc_config": {k: v for k, v in config.items() if k != "ewc_give_up"}}
+    wanted = {"tasks": [], "ewc_config": config | {"ewc_give_up": now}}
+    with nullcontext() if goes_on else pytest.raises(ValueError, match=r"0\.1 there, 0\.2 now"):
+        check_same_run(Path("results.json"), before, wanted)

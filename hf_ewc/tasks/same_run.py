@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.names import class_name
 from hf_ewc.parameters.sharding import whole_shape
 from hf_ewc.tasks.arguments import own_arguments
@@ -91,8 +92,13 @@ def length(dataset: Any) -> int | None:
 
 
 def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on from a run with other settings; further tasks are welcome."""
+    """Refuse to go on from a run with other settings; further tasks are welcome.
+
+    Settings of EWC that there were not yet when the run was begun are as they are untouched.
+    """
     found = dict(found) if isinstance(found, Mapping) else {}
+    if isinstance(found.get("ewc_config"), Mapping):
+        found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
     before = found.get("tasks") or []
     wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
     lines = [line for key in wanted for line in differences(key, found.get(key), wanted[key])]
