@@ -145,3 +145,57 @@ def test_sft_evaluates_consolidates_and_saves(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert "- ewc\n" in card
     assert "| chat |" in card
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% generation %}{{ message['role'] }} {{ message['content'] }} "
+    "{% endgeneration %}{% endfor %}"
+)
+
+
+def chatting() -> PreTrainedTokenizerFast:
+    made = tokenizer()
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def conversation(said: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "w40", "content": said}, {"role": "w41", "content": answer}]
+
+
+RAW: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": text} for text in texts(6)],
+    "prompt and completion": [
+        {"prompt": one, "completion": f" {two}"} for one, two in zip(texts(6), texts(12)[6:], strict=True)
+    ],
+    "chat": [{"messages": conversation(*pair)} for pair in zip(texts(6), texts(12)[6:], strict=True)],
+}
+
+
+def sft(raw: list[dict[str, Any]], folder: Path, **options: Any) -> Any:
+    return EWCSFTTrainer(
+        model=small_llama(),
+        args=SFTConfig(output_dir=str(folder), max_length=32, **SETTINGS, **options),
+        train_dataset=Dataset.from_list(raw),
+        processing_class=chatting(),
+        ewc_config=EWCConfig(ewc_lambda=LAMBDA, fisher_type="empirical"),
+    )
+
+
+@pytest.mark.parametrize("kind", RAW)
+@pytest.mark.parametrize("given", [Dataset.from_list, list], ids=["Dataset", "list"])
+def test_raw_data_are_prepared_as_the_trainer_prepares_its_own(
+    kind: str, given: Any, tmp_path: Path
+) -> None:
+    expected = sft(RAW[kind], tmp_path).consolidate()
+    found = sft(RAW[kind][:2], tmp_path).consolidate(given(RAW[kind]))
+    assert found.tasks[0].num_examples == 6
+    assert relative_error(dict(found.importance), dict(expected.importance)) < 1e-5
+
+
+def test_raw_texts_are_an_example_each_where_the_trainer_packs(tmp_path: Path) -> None:
+    options = {"packing": True, "packing_strategy": "wrapped", "eval_packing": False}
+    found = sft(RAW["text"], tmp_path, **options).consolidate(Dataset.from_list(RAW["text"]))
+    assert found.tasks[0].num_examples == 6
+    expected = sft(RAW["text"], tmp_path).consolidate()
+    assert relative_error(dict(found.importance), dict(expected.importance)) < 1e-5

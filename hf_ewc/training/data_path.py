@@ -37,11 +37,40 @@ def examples_of(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
             f"consolidate() got {dataset!r:.60} as data; needed is a data set of examples. The "
             "task's name goes by keyword: consolidate(name=...)."
         )
+    dataset = _prepared(trainer, dataset)
     if _loads_itself(trainer) and hasattr(dataset, "__len__"):
         return _as_loaded(trainer, dataset)
     if isinstance(dataset, datasets.Dataset):
         return trainer._remove_unused_columns(dataset, "Fisher"), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, "Fisher")
+
+
+def _prepared(trainer: Any, dataset: Any) -> Any:
+    """`dataset` as the trainer prepares its own: TRL's tokenize texts, pairs and chats.
+
+    Texts are not packed: each is an example. What is prepared already is left as it is.
+    """
+    prepare: Any = getattr(trainer, "_prepare_dataset", None)
+    if not callable(prepare) or getattr(trainer, "_skip_prepare_dataset", False):
+        return dataset
+    if isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
+        is_raw = not any(isinstance(value, Tensor) for value in dataset[0].values())
+        is_raw = is_raw and "input_ids" not in dataset[0]
+        dataset = datasets.Dataset.from_list(list(dataset)) if is_raw else dataset
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return dataset
+    known = {
+        "dataset": dataset,
+        "processing_class": getattr(trainer, "processing_class", None),
+        "args": trainer.args,
+        "packing": False,
+        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "dataset_name": "Fisher",
+    }
+    names = inspect.signature(prepare).parameters
+    if dataset is trainer.train_dataset or not names.keys() <= known.keys():
+        return dataset
+    return prepare(**{name: known[name] for name in names})
 
 
 def _loads_itself(trainer: Trainer) -> bool:

@@ -102,8 +102,9 @@ class EWCMixin(StateHolder):
         protects what was learned in pretraining.
 
         Args:
-            dataset: examples as the trainer's own `train_dataset` has them (TRL's trainers
-                tokenize theirs at construction); that if None. An iterable is read in order.
+            dataset: examples as the trainer's own `train_dataset` has them; that if None. TRL's
+                trainers tokenize texts, prompts and chats as they do their own, each an example.
+                An iterable is read in order.
             name: of the task, for the records.
             weight: the task's weight in the sum of penalties.
             log_likelihood: a function of (model, batch) that returns log p(y|x) of each example,
