@@ -166,9 +166,7 @@ def conversation(said: str, answer: str) -> list[dict[str, str]]:
 PAIRS = list(zip(texts(6), texts(12)[6:], strict=True))
 RAW: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": text} for text in texts(6)],
-    "prompt and completion": [
-        {"prompt": one, "completion": f" {two}"} for one, two in PAIRS
-    ],
+    "prompt and completion": [{"prompt": one, "completion": f" {two}"} for one, two in PAIRS],
     "chat": [{"messages": conversation(*pair)} for pair in PAIRS],
 }
 

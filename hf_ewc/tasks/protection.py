@@ -169,7 +169,8 @@ def _check_space(plan: Plan, model: nn.Module) -> None:
         "l2sp_lambda": sequence.l2sp_lambda > 0,
         "weight_average": sequence.weight_average == "fisher",
     }
-    if plan.config is None or plan.config.ewc_space != "weight" or not has_adapters(model):
+    adapted = has_adapters(model) or plan.trainer_kwargs.get("peft_config") is not None
+    if plan.config is None or plan.config.ewc_space != "weight" or not adapted:
         return
     for name, is_asked in asked.items():
         if is_asked:

@@ -92,7 +92,8 @@ def run_tasks(
             so far; the figures that it returns, in a dict or None, are kept in results.json.
         resume: False begins anew and removes what an earlier run wrote for these tasks, but for
             nothing else.
-        trainer_kwargs: for the trainer's constructor, such as `callbacks` or `processing_class`.
+        trainer_kwargs: for the trainer's constructor, such as `callbacks` or `processing_class`. A
+            `peft_config` is for the first trainer alone: all tasks train the adapter that it adds.
 
     Raises:
         ValueError: no tasks, names that repeat, labels outside a task's classes, a metric that

@@ -20,6 +20,7 @@ from hf_ewc.processes import check_launch
 from hf_ewc.report import Cost, measured
 from hf_ewc.state.by_layer import importance_by_layer
 from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.tasks.adapting import lacks_adapter
 from hf_ewc.tasks.beginning import Beginning
 from hf_ewc.tasks.blueprint import Blueprint, check_saves_whole
 from hf_ewc.tasks.evaluation import evaluate, warn_of_lost
@@ -300,7 +301,17 @@ class TaskRun:
 
     def _trainer(self, index: int, data: TrainingData, factor: float = 1.0) -> Any:
         given = self.protection.given(index, self.model, factor)
-        return self._training.trainer(self.model, index, data, given)
+        trainer = self._training.trainer(self.model, index, data, given)
+        if unwrap(trainer.model) is not unwrap(self.model):
+            self._go_on_with(trainer.model)
+        return trainer
+
+    def _go_on_with(self, model: nn.Module) -> None:
+        """Take over what a trainer has made of the model, such as one with an adapter."""
+        self.model = model
+        self.space.move_to(model)
+        if self._beginning is not None:
+            self._beginning = Beginning(model)
 
     def _restore(self) -> None:
         """Take up scores, weights and state of the tasks that are done."""
@@ -322,6 +333,8 @@ class TaskRun:
         folder = self.folder.model(done - 1)
         self.space.put(self.plan.tasks[done - 1])
         self.growth.begin(done - 1, self.model)
+        if lacks_adapter(self.model, self.plan):  # which the trainer of the first task has made
+            self._trainer(0, training_data(self.plan, 0, self.space))
         load_weights(self.model, folder)
         if self.space.heads is not None and any(t.head for t in self.plan.tasks[:done]):
             self.space.heads.load(folder)

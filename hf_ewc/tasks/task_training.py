@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from hf_ewc.tasks.adapting import trainer_arguments
 from hf_ewc.tasks.arguments import arguments_of
 from hf_ewc.tasks.averaging import Average
 from hf_ewc.tasks.evaluation import metrics_of
@@ -60,7 +61,7 @@ class TaskTraining:
         args: TrainingArguments | None = None,
         leave_out: str = "",
     ) -> Any:
-        """The trainer of task `index`.
+        """The trainer of task `index`; its model may be another than `model`, with an adapter.
 
         Args:
             protected: state and settings of EWC, as its arguments.
@@ -73,6 +74,7 @@ class TaskTraining:
         trainer_class = plan.trainer_class
         if adds_to_steps(plan, index, data):
             trainer_class = sequence_trainer(trainer_class)
+        given = trainer_arguments(model, plan)
         trainer = trainer_class(
             model=model,
             args=args or self.arguments(index, data),
@@ -81,7 +83,7 @@ class TaskTraining:
             data_collator=plan.data_collator,
             compute_metrics=metrics_of(task, plan, model),
             **protected,
-            **{key: value for key, value in plan.trainer_kwargs.items() if key != leave_out},
+            **{key: value for key, value in given.items() if key != leave_out},
         )
         self.collator = trainer.data_collator
         trainer.data_collator = task.data_collator or self.collator
