@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, PretrainedConfig
 
+from hf_ewc.cli.models import pretrained
 from hf_ewc.cli.sources import check_file
 
 Pixels = Callable[[Sequence[Image.Image]], Tensor]  # images to [N, channels, height, width]
@@ -160,7 +161,7 @@ def pixels_for(config: PretrainedConfig, model_name: str | None) -> Pixels:
     """What makes images the pixels of a model: its own processor, or plain scaling to 0 … 1."""
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[getattr(config, "num_channels", 3)]
     if model_name is not None:
-        processor: Any = AutoImageProcessor.from_pretrained(model_name)
+        processor: Any = pretrained(AutoImageProcessor, model_name)
         return lambda images: processor(
             [image.convert(mode) for image in images], return_tensors="pt"
         )["pixel_values"]

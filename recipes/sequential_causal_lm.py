@@ -30,6 +30,7 @@ from hf_ewc import EWCConfig, EWCMixin, EWCState, EWCTrainer, SequenceConfig, Ta
 from hf_ewc.cli.arguments import one_line_errors, parse_arguments
 from hf_ewc.cli.lora import LoraArguments, with_lora
 from hf_ewc.cli.methods import MethodArguments, checked_methods, learn
+from hf_ewc.cli.models import pretrained
 from hf_ewc.processes import leave
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     datasets.disable_progress_bars()  # those of loading; the tasks' own stay
     transformers.logging.disable_progress_bar()
     with one_line_errors():
-        tokenizer = AutoTokenizer.from_pretrained(own.model_name_or_path)
+        tokenizer = pretrained(AutoTokenizer, own.model_name_or_path)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tasks, others = prepared(own, tokenizer)
@@ -89,7 +90,7 @@ def main() -> None:
             args = packing_arguments(args, own.block_size)
 
     def make_model() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(own.model_name_or_path, dtype="float32")
+        model = pretrained(AutoModelForCausalLM, own.model_name_or_path, dtype="float32")
         model.config.use_cache = False
         return with_lora(model, own, "CAUSAL_LM")
 

@@ -25,6 +25,7 @@ from hf_ewc import EWCConfig, SequenceConfig, Task
 from hf_ewc.cli.arguments import check_known, one_line_errors, parse_arguments
 from hf_ewc.cli.lora import LoraArguments, with_lora
 from hf_ewc.cli.methods import MethodArguments, checked_methods, learn
+from hf_ewc.cli.models import pretrained
 from hf_ewc.processes import leave
 
 
@@ -102,7 +103,8 @@ def prepared(own: Arguments, sequence: SequenceConfig) -> tuple[list[Task], Any]
     def make_model() -> Any:
         if own.model_name_or_path is None:
             return with_lora(AutoModelForImageClassification.from_config(config), own)
-        model = AutoModelForImageClassification.from_pretrained(
+        model = pretrained(
+            AutoModelForImageClassification,
             own.model_name_or_path,
             config=config,
             ignore_mismatched_sizes=True,  # a head for other classes makes way
@@ -123,7 +125,7 @@ def prepared(own: Arguments, sequence: SequenceConfig) -> tuple[list[Task], Any]
 def config_of(own: Arguments) -> Any:
     """The configuration of the model, with unknown fields refused."""
     if own.model_name_or_path is not None:
-        return AutoConfig.from_pretrained(own.model_name_or_path)
+        return pretrained(AutoConfig, own.model_name_or_path)
     if not isinstance(own.model_config, dict) or "model_type" not in own.model_config:
         raise ValueError(
             f"model_config is {own.model_config!r:.60}; needed are lines of `key: value`, the "

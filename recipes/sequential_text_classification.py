@@ -28,6 +28,7 @@ from hf_ewc import EWCConfig, SequenceConfig, Task
 from hf_ewc.cli.arguments import one_line_errors, parse_arguments
 from hf_ewc.cli.lora import LoraArguments, with_lora
 from hf_ewc.cli.methods import MethodArguments, checked_methods, learn
+from hf_ewc.cli.models import pretrained
 from hf_ewc.processes import leave
 
 
@@ -67,7 +68,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     with one_line_errors():
         tasks, make_model, collator = prepared(own, sequence)
-    learn(make_model, tasks, args, ewc, own, sequence_config=sequence, data_collator=collator)
+    options = dict(data_collator=collator, processing_class=collator.tokenizer)
+    learn(make_model, tasks, args, ewc, own, sequence_config=sequence, **options)
     leave()
 
 
@@ -76,7 +78,7 @@ def prepared(own: Arguments, sequence: SequenceConfig) -> tuple[list[Task], Any,
     loaded = load_all(own.tasks, own)
     names, rows = rows_of_head(loaded, own.shared_labels)
     names = names_of_head(names, rows, sequence.grow_head)
-    tokenizer = AutoTokenizer.from_pretrained(own.model_name_or_path)
+    tokenizer = pretrained(AutoTokenizer, own.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -84,7 +86,8 @@ def prepared(own: Arguments, sequence: SequenceConfig) -> tuple[list[Task], Any,
         return tokenizer(*texts, truncation=True, max_length=own.max_length)
 
     def make_model() -> Any:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = pretrained(
+            AutoModelForSequenceClassification,
             own.model_name_or_path,
             id2label=dict(enumerate(names)),
             label2id={name: row for row, name in enumerate(names)},

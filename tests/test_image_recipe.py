@@ -271,6 +271,12 @@ def test_settings_that_cannot_be(options, message, folder, capsys):
     assert printed.count("\n") == 1
 
 
+def test_a_model_that_is_not_there(folder, capsys):
+    with pytest.raises(SystemExit):
+        prepare(folder / "arrays.yaml", "--classes_per_task=2", "--model_name_or_path=./no/model")
+    assert "error: ./no/model cannot be loaded as a model: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

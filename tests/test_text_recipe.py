@@ -80,6 +80,7 @@ def test_once_with_lora_and_what_the_command_line_says(folder, tmp_path):
     assert settings["ewc_config"]["ewc_space"] == "weight"
     adapter = json.loads((tmp_path / "02-b" / "final" / "adapter_config.json").read_text())
     assert adapter["r"] == 2
+    assert (tmp_path / "02-b" / "final" / "tokenizer.json").exists()
 
     code, output = run_recipe("sequential_text_classification", *command)  # started again
     assert code == 0, output[-6000:]
@@ -88,6 +89,10 @@ def test_once_with_lora_and_what_the_command_line_says(folder, tmp_path):
     assert code == 2
     assert output.splitlines()[-1].startswith("sequential_text_classification.py: error: ")
     assert "ewc_lambda: 1000.0 there, 3.0 now" in output
+    anew = [*command, "--ewc_lambda", "3", "--resume", "false"]
+    code, output = run_recipe("sequential_text_classification", *anew)
+    assert code == 0, output[-6000:]
+    assert "Begins anew" in output
 
 
 # ---- The configuration to copy from, and methods ----

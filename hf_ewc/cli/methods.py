@@ -26,6 +26,10 @@ class MethodArguments:
     num_seeds: int = field(
         default=3, metadata={"help": "Repetitions of each method, from --seed on."}
     )
+    resume: bool = field(
+        default=True,
+        metadata={"help": "Go on where an earlier run in the output folder ended."},
+    )
 
 
 def checked_methods(
@@ -76,6 +80,7 @@ def learn(
         given: with `methods` as `checked_methods` returns them.
         options: further arguments of `run_tasks`.
     """
+    options["resume"] = given.resume
     with one_line_errors(only_own=True):
         if given.methods:
             seeds = range(args.seed, args.seed + given.num_seeds)

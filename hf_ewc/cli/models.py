@@ -53,3 +53,15 @@ def _with_adapter(name: str) -> nn.Module:
         raise ValueError(f"{name} is an adapter of task type {task}; known are {[*_WITH_ADAPTER]}.")
     model: nn.Module = _WITH_ADAPTER[task].from_pretrained(name, is_trainable=True)
     return model
+
+
+def pretrained(kind: Any, name: str, **options: Any) -> Any:
+    """What `kind.from_pretrained(name)` gives: a model, its configuration or what prepares data.
+
+    Raises:
+        ValueError: with the name, and what is wrong.
+    """
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded as a model: {error}") from error
