@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ def estimate_fisher(
             DataLoader over a whole data set stands for the data set: its sampler is not used.
         data_collator: makes a batch of a list of examples; `default_data_collator` if None.
         num_samples: how many examples are drawn, without replacement; None: all.
-        batch_size: examples per backward; it does not change the result, "batched" apart.
+        batch_size: examples per backward; it does not change the result, "batched" apart. Halved,
+            for the rest of the estimate, where a batch does not fit in memory.
         stratified: draw from each label in proportion to its share.
         seed: of the draw of examples and of the sampled labels.
         parameters: names to estimate, a tied one by any of its names; None: all that require a
@@ -97,6 +98,8 @@ def estimate_fisher(
             likelihood or gradient that is not finite, a use not covered with fallback="error".
         TypeError: batches or examples that are no dicts, a string for `parameters`.
         RuntimeError: another process has raised one of these.
+        torch.OutOfMemoryError: one example does not fit in memory, or, where parameters are sharded
+            or for "batched", a batch.
     """
     _check_arguments(fisher_type, num_samples, batch_size, fallback, num_draws, log_likelihood)
     plain = unwrap(model)
@@ -113,10 +116,12 @@ def estimate_fisher(
         estimation = _estimation(plain, selected, plan, processes)
 
         def run() -> None:
+            read = functools.partial(source_of, data, data_collator, wanted)
+            again = None if isinstance(data, Iterator) else read
             with processes.together():
-                source = source_of(data, data_collator, wanted)
+                source = read()
             with processes.together():
-                estimation.consume(source, _progress_bar(source.expected, processes))
+                estimation.consume(source, _progress_bar(source.expected, processes), again)
 
         untouched(plain, selected, run)
         _warn_of_others(estimation, processes)

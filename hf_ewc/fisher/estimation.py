@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +18,11 @@ from hf_ewc.fisher.engine.protocol import UncoveredUse
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.sources import Source
 from hf_ewc.fisher.labels import require_labels
+from hf_ewc.fisher.memory import is_out_of_memory, release_memory
 from hf_ewc.fisher.passes import Passes, Plan
 from hf_ewc.fisher.proofs import Mixed, Proofs
+
+logger = logging.getLogger("hf_ewc")
 
 # Shows how far the batches have come.
 ProgressBar = Callable[[Iterable[Any]], Iterable[Any]]
@@ -53,6 +57,12 @@ class Ways(Protocol):
 
     def run_slow(self, batch: ExampleBatch | None, passes: Passes) -> None:
         """By a way that takes any model."""
+
+    def undo(self) -> bool:
+        """Take off what a batch that ended in an error has added; False where that cannot be."""
+
+    def begin_again(self) -> None:
+        """No batch has been added yet."""
 
     def totals(self) -> dict[str, Tensor]:
         """Σ over the examples of all processes of the squared gradients, by name."""
@@ -89,6 +99,7 @@ class Estimation:
         self._speaks = speaks
         self._fast = plan.fisher_type != "batched"
         self._said_apart = False
+        self._most: int | None = None  # examples of a batch that fit in memory, once it ran out
 
     @property
     def num_examples(self) -> int:
@@ -106,14 +117,96 @@ class Estimation:
         """Σ over the examples of all processes of the squared gradients, by name."""
         return self._ways.totals()
 
-    def consume(self, source: Source, bar: ProgressBar) -> None:
-        """Add up the squares of all batches of this process."""
+    def consume(
+        self, source: Source, bar: ProgressBar, again: Callable[[], Source] | None = None
+    ) -> None:
+        """Add up the squares of all batches of this process.
+
+        Args:
+            again: the same source from its beginning, for when memory runs out within a backward;
+                None where the data can be read once only.
+        """
         with self._ways.running():
             first = self._ways.first(source)
             if first is not None:
                 self._passes.settle_type(first)
+            least = 0
+            while not self._whole(source, bar):
+                least = max(least, self._passes.num_examples)
+                source = self._from_its_beginning(again)
+        if self._passes.num_examples < least:
+            raise ValueError(
+                f"The data gave {least} examples, and {self._passes.num_examples} when they were "
+                "read again since memory ran out. Give a data set, or smaller batches."
+            )
+
+    def _whole(self, source: Source, bar: ProgressBar) -> bool:
+        """Whether all batches were added; else the sums hold a part of one, and are of no use."""
+        try:
             for batch in bar(self._ways.batches(source)):
-                self._add(batch)
+                self._add_parts(batch)
+        except _AddedInPart:
+            return False
+        return True
+
+    def _from_its_beginning(self, again: Callable[[], Source] | None) -> Source:
+        if again is None:
+            raise torch.OutOfMemoryError(
+                "Memory ran out within a backward of the Fisher, and the data, an iterator, cannot "
+                "be read again for smaller batches. Give a data set, or smaller batches."
+            )
+        self._ways.begin_again()
+        self._passes.begin_again()
+        return again()
+
+    def _add_parts(self, batch: ExampleBatch | None) -> None:
+        """Add the batch in parts of as many examples as fit in memory, as far as that is known."""
+        most = self._most
+        if most is None or batch is None or len(batch) <= most or not self._can_cut(batch):
+            self._add_in_memory(batch)
+            return
+        for start in range(0, len(batch), most):
+            self._add_parts(batch.part(start, start + most))
+
+    def _can_cut(self, batch: ExampleBatch) -> bool:
+        """Whether smaller batches help, and give the same."""
+        helps = self._fast and self._ways.alone_may_help
+        return helps and len(batch) > 1 and batch.divisible and not batch.uneven
+
+    def _add_in_memory(self, batch: ExampleBatch | None) -> None:
+        """Add the batch, by halves where it does not fit in memory, which is remembered."""
+        try:
+            self._add(batch)
+            return
+        except Exception as error:
+            if batch is None or not is_out_of_memory(error):
+                raise
+            if not self._can_cut(batch):
+                raise self._too_large(batch, error) from error
+            short = f"{error!s:.200}"
+        release_memory()  # which the error held until here
+        self._most = (len(batch) + 1) // 2
+        logger.warning(
+            "A batch of %d examples of the Fisher does not fit in memory (%s); going on with %d.",
+            len(batch),
+            short,
+            self._most,
+        )
+        if not self._ways.undo():
+            raise _AddedInPart
+        self._add_parts(batch)
+
+    def _too_large(self, batch: ExampleBatch, error: Exception) -> Exception:
+        """What does not fit, and what helps."""
+        if len(batch) == 1 or (not self._fast and self._plan.fisher_type != "batched"):
+            what, helps = "One example of the Fisher does", "shorter examples"
+        else:
+            what = f"A batch of {len(batch)} examples of the Fisher does"
+            helps = "a smaller batch_size (fisher_batch_size)"
+        return torch.OutOfMemoryError(
+            f"{what} not fit in memory: {error!s:.200} What helps: {helps}, gradient "
+            "checkpointing, fewer parameters (ewc_target_modules), or half precision."
+        )
 
     def _add(self, batch: ExampleBatch | None) -> None:
         with self._ways.together():
@@ -133,10 +226,10 @@ class Estimation:
         """Errors of the model's own forward, with what to do."""
         try:
             yield
-        except (UncoveredUse, CheckpointError, Mixed, MemoryError, torch.OutOfMemoryError):
+        except (UncoveredUse, CheckpointError, Mixed):
             raise
         except Exception as error:
-            if batch is None or not raised_in(self._model, error):
+            if batch is None or is_out_of_memory(error) or not raised_in(self._model, error):
                 raise
             raise ForwardFailed(batch, error) from error
 
@@ -190,6 +283,10 @@ class Estimation:
         if self._speaks:
             warn_of_slowness(self.slow_because, stacklevel=3)
         self._fast = False
+
+
+class _AddedInPart(Exception):
+    """A batch was added in part, and what it added cannot be told from the batches before it."""
 
 
 class ForwardFailed(ValueError):

@@ -79,6 +79,10 @@ class Passes:
             with self.uncounted(), torch.no_grad():
                 next(self(first), None)
 
+    def begin_again(self) -> None:
+        """No example has been counted yet."""
+        self.num_examples = self.num_labels = 0
+
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
         """The examples of passes inside do not count."""

@@ -99,6 +99,7 @@ class Replicas:
         except Exception:
             for name, total in self._fast.totals().items():
                 total.copy_(before[name]) if self._added else total.zero_()
+            self._fast.added_in_part = False
             raise
         return found
 
@@ -111,6 +112,18 @@ class Replicas:
             require_apart(batch, passes.outputs)
         self._slow.add(batch, passes)
         self._added = True
+
+    def undo(self) -> bool:
+        if self._fast.added_in_part and self._added:
+            return False
+        if self._fast.added_in_part:
+            self.begin_again()
+        return True
+
+    def begin_again(self) -> None:
+        for total in self._fast.totals().values():
+            total.zero_()
+        self._fast.added_in_part = self._added = False
 
     def totals(self) -> dict[str, Tensor]:
         totals = self._fast.totals()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
+
+from hf_ewc.fisher.memory import is_out_of_memory
 
 
 def run_backward(objective: Tensor, *, keep: bool) -> None:
@@ -15,9 +16,11 @@ def run_backward(objective: Tensor, *, keep: bool) -> None:
     """
     try:
         objective.backward(retain_graph=keep)
-    except (CheckpointError, torch.OutOfMemoryError, MemoryError):
+    except CheckpointError:
         raise
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             "The model's backward fails in eval mode, in which a Fisher is estimated, with "
             f"{type(error).__name__}: {error!s:.300} Models that run backward in train mode alone, "

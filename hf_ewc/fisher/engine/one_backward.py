@@ -17,7 +17,13 @@ from hf_ewc.fisher.uses.tracking import Tracker
 
 
 class OneBackward:
-    """All examples in one backward, by interception of the forward's operations."""
+    """All examples in one backward, by interception of the forward's operations.
+
+    Attributes:
+        added_in_part: whether a batch that ended in an error may have been added in part.
+    """
+
+    added_in_part = False
 
     def __init__(
         self,
@@ -40,6 +46,7 @@ class OneBackward:
             self._ledger.watch(witness.example, witness.see)
         try:
             self._add(batch, objectives)
+            self.added_in_part = False
         finally:
             self._ledger.finish()
 
@@ -66,6 +73,7 @@ class OneBackward:
 
     def _backward(self, objective: Tensor, *, keep: bool) -> None:
         self._ledger.start_pass()
+        self.added_in_part = True
         if objective.requires_grad:
             run_backward(objective, keep=keep)
         self._ledger.finish_pass()

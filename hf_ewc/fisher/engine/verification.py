@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_ewc.fisher.engine.one_by_one import OneByOne
 from hf_ewc.fisher.engine.protocol import Objectives, Outputs
 from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.memory import is_out_of_memory
 from hf_ewc.parameters.sharding import whole_shape
 
 # Gradients of up to this many entries are kept as they are.
@@ -139,6 +140,8 @@ def require_apart(batch: ExampleBatch, outputs: Outputs) -> None:
         try:
             alone = outputs(batch.only([n]))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise _inseparable(batch, n, f"fails alone with {error!s:.200}") from error
         if alone.shape[1:] != whole.shape[1:] or not _alike(alone[:1], whole[n : n + 1]):
             raise _inseparable(batch, n, "has other outputs alone than among the others")

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hf_ewc.fisher.labels import IGNORED, LABEL_NAMES, Batch, label_name
 from hf_ewc.fisher.likelihood.auxiliary_terms import without_auxiliary_terms
 from hf_ewc.fisher.likelihood.slices import close, unseen
+from hf_ewc.fisher.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ class Forward:
     def _reproduces(self, way: str, batch: Batch, labelled: Outputs) -> bool:
         try:
             found = self._run(way, batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return False
         return same_scores(found, labelled)
 

@@ -12,6 +12,7 @@ from hf_ewc.fisher.labels import Batch, are_there, label_name
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs
 from hf_ewc.fisher.likelihood.made_up_labels import filled, made_up, possible_classes
 from hf_ewc.fisher.likelihood.own_loss import Observation
+from hf_ewc.fisher.memory import is_out_of_memory
 
 _SIDES = ("start", "end")
 # Positions of a text that are enough to see a language model's loss.
@@ -88,9 +89,9 @@ class Observer:
         """None where the model's loss does not take such labels."""
         try:
             return self._forward.with_labels(batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             return None
 
     def _relabelled(self, turn: int) -> Batch:

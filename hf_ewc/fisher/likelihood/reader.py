@@ -94,13 +94,13 @@ class LabelReader:
         outputs = self._forward(batch)
         if self._expected is not None:
             observed, rows, expected = self._expected
-            self._expected = None
             if batch is not observed or rows is None:
                 with torch.no_grad():
                     own = self._forward(expected.batch)
             else:
                 with torch.no_grad(), unseen():
                     own = outputs.of_examples(rows)
+            self._expected = None  # not before: memory may have run out
             if not same_scores(own, expected.outputs):
                 self._forward.always_with_labels()
                 outputs = self._forward(batch)

@@ -189,6 +189,12 @@ class InStep:
 
         return start
 
+    def undo(self) -> bool:
+        return False
+
+    def begin_again(self) -> None:
+        raise NotImplementedError("processes in step do not begin again each for itself")
+
     def totals(self) -> dict[str, Tensor]:
         totals = self._fast.totals()
         self._processes.add_up({n: t for n, t in totals.items() if not isinstance(t, DTensor)})
