@@ -23,7 +23,9 @@ from hf_ewc.report import (
     write_report,
     write_results,
 )
+from hf_ewc.report.names import in_markdown
 from hf_ewc.report.results import plain
+from hf_ewc.tasks.aftermath import Aftermath
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import RunFolder
@@ -54,6 +56,7 @@ class Record:
         figures: what the user's `after_task` returned after each task.
         tries: of the gate: tasks after which too much was lost, with what was.
         searches: what was tried to find λ before each task, where it is looked for.
+        aftermaths: what each task has done to the earlier ones, in JSON's types.
         importance: Σ F by layer in the state after the last task, where a process holds it whole.
     """
 
@@ -69,6 +72,7 @@ class Record:
         self.figures: list[dict[str, Any]] = []
         self.tries: list[dict[str, Any]] = []
         self.searches: list[LambdaCurve] = []
+        self.aftermaths: list[dict[str, Any]] = []
         self.importance: Mapping[str, LayerImportance] | None = None
 
     @property
@@ -95,6 +99,7 @@ class Record:
         self.steps = content.get("steps", [])
         self.figures = content.get("figures", [])
         self.tries = content.get("tries", [])
+        self.aftermaths = content.get("aftermaths", [])
 
     def failed(self, index: int) -> list[dict[str, Any]]:
         """The tries of task `index` that did not pass the gate as it is set now."""
@@ -182,6 +187,8 @@ class Record:
             notes.append(f"Sequence: {plan.sequence.summary()}.")
         if plan.scenario == "class":
             notes.append(f"**{CLASS_INCREMENTAL}**")
+        lines = [f"- {in_markdown(Aftermath(**found).in_words())}" for found in self.aftermaths]
+        notes += ["\n".join(lines)] if lines else []
         return notes
 
     def _details(self) -> Mapping[str, Any]:
@@ -193,4 +200,5 @@ class Record:
             "steps": self.steps,
             **({"figures": self.figures} if self.plan.after_task is not None else {}),
             **({"tries": self.tries} if self.tries else {}),
+            **({"aftermaths": self.aftermaths} if self.aftermaths else {}),
         }

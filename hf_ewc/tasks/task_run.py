@@ -18,9 +18,12 @@ from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_dtensor
 from hf_ewc.processes import check_launch
 from hf_ewc.report import Cost, measured
+from hf_ewc.report.results import plain
 from hf_ewc.state.by_layer import importance_by_layer
+from hf_ewc.state.drift import squared_drift
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.adapting import lacks_adapter
+from hf_ewc.tasks.aftermath import aftermath
 from hf_ewc.tasks.beginning import Beginning
 from hf_ewc.tasks.blueprint import Blueprint, check_saves_whole
 from hf_ewc.tasks.evaluation import evaluate, warn_of_lost
@@ -72,6 +75,8 @@ class TaskRun:
         self._search = LambdaSearch(plan, self.space, self.protection, self._training, self.record)
         self._blueprint: Blueprint | None = None
         self._beginning = Beginning(model) if plan.sequence.joint_training else None
+        self._drift: dict[str, float] = {}
+        self._lambdas: dict[str, float] = {}
         self._is_resumed = False
         self._tracker = SequenceTracker(plan.args, integrations=())
 
@@ -135,10 +140,30 @@ class TaskRun:
         self.record.history.append(history_of(trainer.state.log_history))
         self.record.steps.append(trainer.state.global_step)
         self.record.importance = None if state is None else importance_by_layer(state)
+        self._tell(index, trainer)
         by_main_process(lambda: self._keep(index))
         self._call_user(trainer, index)
         if index + 1 < len(self.plan.tasks):
             self._make_whole()
+
+    def _tell(self, index: int, trainer: Any) -> None:
+        """Say what the task has done to those before it, where something held it."""
+        if not self._drift:
+            return
+        logs = trainer.state.log_history
+        found = aftermath(self.record.matrix, index, self._drift, self._lambdas, logs)
+        self.record.aftermaths.append(plain(found.to_dict(), []))
+        if is_main():
+            logger.warning("%s", found.in_words())
+
+    def _measure_drift(self, trainer: Any) -> None:
+        """How far what is protected has moved; not where DeepSpeed holds the weights."""
+        config, state = self.protection.config, self.protection.state
+        self._drift, self._lambdas = {}, {}
+        if config is not None and state and not trainer.is_deepspeed_enabled:
+            squares = squared_drift(state, self.model)
+            self._drift = squares if np.isfinite(list(squares.values())).all() else {}
+            self._lambdas = config.lambdas(state.importance, state.num_tasks)
 
     def _passed(self, index: int, progress: TaskProgress | None) -> Any:
         """The trainer of the task, saved once no more is lost of earlier ones than allowed.
@@ -253,6 +278,7 @@ class TaskRun:
             if mean is not None:
                 mean.apply(self.model)
             self.growth.finish(trainer, index, data, self._training.collator)
+            self._measure_drift(trainer)
             if plan.config is not None:
                 self.protection.consolidate(trainer, index, data)
             if plan.sequence.weight_average == "fisher" and index:
