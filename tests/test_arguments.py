@@ -90,7 +90,7 @@ def test_help_tells_the_fields(capsys):
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert "What it does." in printed
-    assert "(default: 1000.0)" in printed
+    assert "(default: 1000.0)" in " ".join(printed.split())
 
 
 def test_only_errors_that_a_user_can_mend_lose_their_traceback(capsys):
@@ -99,3 +99,11 @@ def test_only_errors_that_a_user_can_mend_lose_their_traceback(capsys):
     assert "two lines" in capsys.readouterr().err
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError("a fault")
+
+
+def test_in_training_only_own_errors_lose_their_traceback(capsys):
+    with pytest.raises(SystemExit), one_line_errors(only_own=True):
+        EWCConfig(ewc_lambda=-1)
+    assert "ewc_lambda is -1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="invalid literal"), one_line_errors(only_own=True):
+        int("a fault of anyone's")
