@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -243,3 +243,10 @@ def test_a_run_goes_on_that_began_before_a_setting_was_there(now, goes_on):
     wanted = {"tasks": [], "ewc_config": config | {"ewc_give_up": now}}
     with nullcontext() if goes_on else pytest.raises(ValueError, match=r"0\.1 there, 0\.2 now"):
         check_same_run(Path("results.json"), before, wanted)
+
+
+def test_a_run_goes_on_with_other_batches_of_the_fisher(used):
+    other = replace(CONFIG, fisher_batch_size=3)
+    assert run_tasks(vit(), two_tasks(), arguments(used, max_steps=1), other).state
+    with pytest.raises(ValueError, match=r"ewc_config\.fisher_samples"):
+        run_tasks(vit(), two_tasks(), arguments(used), replace(CONFIG, fisher_samples=3))

@@ -198,3 +198,31 @@ def test_raw_texts_are_an_example_each_where_the_trainer_packs(tmp_path: Path) -
     assert found.tasks[0].num_examples == 6
     expected = sft(RAW["text"], tmp_path).consolidate()
     assert relative_error(dict(found.importance), dict(expected.importance)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ff]lash")
+def test_documents_of_a_packed_row_are_an_example_each(tmp_path: Path) -> None:
+    packed = sft(RAW["text"], tmp_path, packing=True, packing_strategy="bfd")
+    assert len(packed.train_dataset) < 6
+    found = packed.consolidate()
+    assert found.tasks[0].num_examples == 6
+    expected = sft(RAW["text"], tmp_path).consolidate()
+    assert relative_error(dict(found.importance), dict(expected.importance)) < 1e-5
+
+
+@pytest.mark.parametrize(("asked", "size"), [(None, 2), (5, 5)])
+def test_the_batches_of_the_fisher_are_as_large_as_the_trainers(
+    asked: int | None, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = sft(RAW["text"], tmp_path)
+    trainer.ewc_config.fisher_batch_size = asked
+    sizes: list[int] = []
+    collator = trainer.data_collator
+
+    def collate(examples: list[Any]) -> Any:
+        sizes.append(len(examples))
+        return collator(examples)
+
+    trainer.data_collator = collate
+    trainer.consolidate()
+    assert max(sizes) == size

@@ -170,9 +170,12 @@ class EWCConfig:
             "examples are few; each takes a backward pass."
         ),
     )
-    fisher_batch_size: int = field(
-        default=8,
-        metadata=hint("Examples in a batch of the estimate; changes its speed and memory only."),
+    fisher_batch_size: int | None = field(
+        default=None,
+        metadata=hint(
+            "Examples in a batch of the estimate; by default those that the trainer has on a "
+            "device. Changes its speed and memory only."
+        ),
     )
     fisher_stratified: bool = field(
         default=False,
@@ -221,7 +224,10 @@ class EWCConfig:
                 "fisher_samples", self.fisher_samples, low=1, also="None or -1 for all"
             )
         self.fisher_draws = integer("fisher_draws", self.fisher_draws, low=1)
-        self.fisher_batch_size = integer("fisher_batch_size", self.fisher_batch_size, low=1)
+        if self.fisher_batch_size is not None:
+            self.fisher_batch_size = integer(
+                "fisher_batch_size", self.fisher_batch_size, low=1, also="None"
+            )
         self.fisher_seed = integer("fisher_seed", self.fisher_seed, low=0)
 
     @property

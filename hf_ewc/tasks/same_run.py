@@ -94,13 +94,15 @@ def length(dataset: Any) -> int | None:
 def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     """Refuse to go on from a run with other settings; further tasks are welcome.
 
-    Settings of EWC that there were not yet when the run was begun are as they are untouched.
+    Settings of EWC that there were not yet when the run was begun are as they are untouched. The
+    size of the Fisher's batches may be another where it changes no result.
     """
     found = dict(found) if isinstance(found, Mapping) else {}
     if isinstance(found.get("ewc_config"), Mapping):
         found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
     before = found.get("tasks") or []
     wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
+    found, wanted = _without_batch_size(found), _without_batch_size(wanted)
     lines = [line for key in wanted for line in differences(key, found.get(key), wanted[key])]
     if lines:
         raise ValueError(
@@ -108,6 +110,14 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
             + "\n".join(lines)
             + "\nChoose another output_dir, or begin anew with resume=False."
         )
+
+
+def _without_batch_size(settings: Mapping[str, Any]) -> dict[str, Any]:
+    ewc = settings.get("ewc_config")
+    if not isinstance(ewc, Mapping) or ewc.get("fisher_type") == "batched":
+        return dict(settings)
+    kept = {name: value for name, value in ewc.items() if name != "fisher_batch_size"}
+    return {**settings, "ewc_config": kept}
 
 
 def differences(key: str, found: Any, wanted: Any) -> list[str]:

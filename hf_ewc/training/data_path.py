@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from hf_ewc.fisher.labels import LABEL_NAMES
 from hf_ewc.fisher.untouched import preserved_random_states
+from hf_ewc.training.packed_rows import taken_apart
 
 Collator = Callable[[list[Any]], Any]
 
@@ -41,7 +42,8 @@ def examples_of(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
     if _loads_itself(trainer) and hasattr(dataset, "__len__"):
         return _as_loaded(trainer, dataset)
     if isinstance(dataset, datasets.Dataset):
-        return trainer._remove_unused_columns(dataset, "Fisher"), trainer.data_collator
+        used = trainer._remove_unused_columns(dataset, "Fisher")
+        return taken_apart(used), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, "Fisher")
 
 

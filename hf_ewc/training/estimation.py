@@ -52,8 +52,9 @@ def fisher_of(
         collator = in_pairs(collator)
     elif log_likelihood is None:
         collator = as_handed_over(trainer, model, data, collator, own_loss)
+    batch_size = config.fisher_batch_size or trainer.args.per_device_train_batch_size
     if isinstance(data, (IterableDataset, datasets.IterableDataset)):
-        data = DataLoader(data, batch_size=config.fisher_batch_size, collate_fn=collator)
+        data = DataLoader(data, batch_size=batch_size, collate_fn=collator)
     patterns = config.ewc_target_modules, config.ewc_exclude_modules
     names = select_parameters(model, *patterns, space=config.ewc_space)
     estimate = partial(
@@ -64,7 +65,7 @@ def fisher_of(
         fisher_type=config.fisher_type,
         num_samples=_at_most(config.fisher_samples, data),
         num_draws=config.fisher_draws,
-        batch_size=config.fisher_batch_size,
+        batch_size=batch_size,
         stratified=config.fisher_stratified,
         seed=config.fisher_seed,
         accelerator=trainer.accelerator,
