@@ -20,6 +20,7 @@ _MODULES = {
     "Task": "tasks.task",
     "compare_methods": "tasks.methods",
     "estimate_fisher": "fisher",
+    "find_lambda": "training.find_lambda",
     "run_tasks": "tasks.runner",
 }
 
@@ -35,6 +36,7 @@ __all__ = [
     "Task",
     "compare_methods",
     "estimate_fisher",
+    "find_lambda",
     "run_tasks",
 ]
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from hf_ewc.tasks.runner import run_tasks
     from hf_ewc.tasks.sequence_config import SequenceConfig
     from hf_ewc.tasks.task import Task
+    from hf_ewc.training.find_lambda import find_lambda
     from hf_ewc.training.trainer import EWCMixin, EWCSeq2SeqTrainer, EWCTrainer
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ewc.parameters.sharding import local_part
+from hf_ewc.parameters.sharding import local_part, whole
 
 FISHER_TYPES = ("exact", "sampled", "empirical", "batched")
 
@@ -56,6 +56,11 @@ class Fisher:
             )
         checked = {name: _checked(name, value) for name, value in self.diagonal.items()}
         object.__setattr__(self, "diagonal", checked)
+
+    @property
+    def trace(self) -> float:
+        """Σ_i F_i; where the tensors are in shards a collective."""
+        return sum(float(whole(value.double().sum())) for value in self.diagonal.values())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fisher):

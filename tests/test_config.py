@@ -27,6 +27,7 @@ EVERY = {
     "ewc_offload": True,
     "ewc_log_groups": True,
     "fisher_type": "sampled",
+    "fisher_data": "held_out",
     "fisher_samples": 64,
     "fisher_draws": 3,
     "fisher_batch_size": 4,

@@ -70,10 +70,15 @@ def in_words(found: dict[str, Any]) -> str:
 def _tasks(tasks: list[dict[str, Any]]) -> str:
     rows = [
         [in_markdown(t["name"]), str(t["num_examples"]), t["fisher_type"], f"{t['weight']:g}",
-         t["date"]]
+         _number(t["fisher_trace"]), _number(t["ewc_lambda"]), t["date"]]
         for t in tasks
     ]  # fmt: skip
-    return table(["task", "examples", "Fisher", "weight", "consolidated"], rows) if rows else ""
+    header = ["task", "examples", "Fisher", "weight", "trace", "learnt with λ", "consolidated"]
+    return table(header, rows) if rows else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _layers(layers: dict[str, dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ SPACES = ("adapter", "weight")
 STATE_DTYPES = ("float32", "bfloat16", "float16", "float8")
 LARGEST = 3.4e38
 AUTO = "auto"
+FISHER_DATA = ("train", "held_out")
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
 
 
@@ -156,6 +157,15 @@ class EWCConfig:
             choices=FISHER_CHOICES,
         ),
     )
+    fisher_data: str = field(
+        default="train",
+        metadata=hint(
+            "What the Fisher is estimated on where consolidate() gets no data: the 'train'ing "
+            "data, or a fifth of it that is 'held_out' of training, the same rows for each seed. "
+            "For tasks that are learnt by heart, whose Fisher on training examples vanishes.",
+            choices=FISHER_DATA,
+        ),
+    )
     fisher_samples: int | None = field(
         default=200,
         metadata=hint(
@@ -212,6 +222,7 @@ class EWCConfig:
         choice("ewc_space", self.ewc_space, SPACES)
         choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
         choice("fisher_type", self.fisher_type, FISHER_CHOICES)
+        choice("fisher_data", self.fisher_data, FISHER_DATA)
         self.ewc_layer_lambdas = by_pattern("ewc_layer_lambdas", self.ewc_layer_lambdas)
         self.ewc_target_modules = modules("ewc_target_modules", self.ewc_target_modules)
         self.ewc_exclude_modules = modules("ewc_exclude_modules", self.ewc_exclude_modules)
@@ -248,6 +259,11 @@ class EWCConfig:
             "ewc_lambda is 'auto', which run_tasks and compare_methods find before each task; for "
             "a trainer by itself give a number, which hf_ewc.find_lambda(trainer) finds."
         )
+
+    def strength_after(self, num_tasks: int) -> float | None:
+        """λ after k consolidated tasks, ewc_lambda · growth^(k − 1); None before the first."""
+        growth: float = self.ewc_lambda_growth ** (num_tasks - 1)
+        return self.strength * growth if num_tasks else None
 
     def lambdas(self, names: Iterable[str], num_tasks: int = 1) -> dict[str, float]:
         """λ of each parameter after `num_tasks` consolidated tasks.

@@ -11,6 +11,7 @@ from hf_ewc.report import canvas
 from hf_ewc.report.curves import curves
 from hf_ewc.report.heat_maps import heat_maps
 from hf_ewc.report.importance import importance
+from hf_ewc.report.lambda_search import lambda_search
 from hf_ewc.report.outcome import Runs
 from hf_ewc.report.trade_off import trade_off
 
@@ -19,6 +20,7 @@ _FIGURES: dict[str, Callable[[Runs], Figure]] = {
     "curves.png": curves,
     "stability_plasticity.png": trade_off,
     "importance.png": importance,
+    "lambda_search.png": lambda_search,
 }
 
 

@@ -53,6 +53,29 @@ def score_table(repeats: Sequence[AccuracyMatrix]) -> str:
     return shown_table
 
 
+def search_table(runs: Given) -> str:
+    """How λ was found: a row for each trial; empty where it was not looked for."""
+    rows = [
+        [
+            in_markdown(method), str(seed), in_markdown(search["task"]), f"{trial['ewc_lambda']:g}",
+            "stopped half-way" if trial["stopped"] else _shown(trial["score"]),
+            "" if trial["kept"] is None else f"{100 * trial['kept']:.0f} %",
+            str(trial["steps"]), f"{trial['seconds']:.1f}",
+            "used" if trial["ewc_lambda"] == search["chosen"] else "",
+        ]
+        for method, repeats in as_runs(runs).items()
+        for seed, outcome in repeats.items()
+        for search in outcome.searches
+        for trial in search["trials"]
+    ]  # fmt: skip
+    header = ["method", "seed", "before task", "λ", "score", "kept", "steps", "seconds", ""]
+    return table(header, rows) if rows else ""
+
+
+def _shown(score: float | None) -> str:
+    return "" if score is None else f"{score:.4g}"
+
+
 def _trained(shown: Sequence[str], row: int, is_wide: bool) -> str:
     if row == 0:
         return "before"

@@ -15,7 +15,13 @@ from hf_ewc.report.names import in_markdown
 from hf_ewc.report.outcome import Given, Runs, as_runs, matrices
 from hf_ewc.report.results import write_results
 from hf_ewc.report.statistics import trade_offs
-from hf_ewc.report.tables import cost_table, difference_table, score_table, summary_table
+from hf_ewc.report.tables import (
+    cost_table,
+    difference_table,
+    score_table,
+    search_table,
+    summary_table,
+)
 
 logger = logging.getLogger("hf_ewc")
 
@@ -25,6 +31,7 @@ PICTURES = {
     "accuracy_matrix.png": "scores after each task",
     "curves.png": "scores as the tasks go by",
     "importance.png": "importance by layer",
+    "lambda_search.png": "score on examples held out of the new task, by λ",
 }
 
 
@@ -39,8 +46,9 @@ def write_report(
     """Write `results.json`, then `report.md`, then the pictures, each atomically.
 
     The pictures are `accuracy_matrix.png` and `curves.png`; with several methods
-    `stability_plasticity.png`, and `importance.png` where the importance by layer is known. A
-    report or a picture that cannot be made is a warning; results that cannot be kept are an error.
+    `stability_plasticity.png`, `importance.png` where the importance by layer is known, and
+    `lambda_search.png` where λ was looked for. A report or a picture that cannot be made is a
+    warning; results that cannot be kept are an error.
 
     Args:
         runs: for each method its runs, by seed or in a list: matrices or `Outcome`s.
@@ -79,6 +87,8 @@ def pictures_of(runs: Runs) -> list[str]:
         left_out.add("stability_plasticity.png")
     if not any(outcome.importance for r in runs.values() for outcome in r.values()):
         left_out.add("importance.png")
+    if not any(outcome.searches for r in runs.values() for outcome in r.values()):
+        left_out.add("lambda_search.png")
     return [name for name in PICTURES if name not in left_out]
 
 
@@ -97,6 +107,8 @@ def markdown(runs: Given, *, title: str = "Continual learning", notes: Sequence[
         pictures.remove("stability_plasticity.png")
     for method, repeats in checked.items():
         parts += [f"## {in_markdown(method)}", score_table(matrices(repeats))]
+    if found := search_table(checked):
+        parts += ["## How λ was found", "Trials on the new task's training data alone:", found]
     parts += [_picture(name) for name in pictures]
     parts.append(in_words(environment()))
     return "\n\n".join(parts) + "\n"

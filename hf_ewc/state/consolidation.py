@@ -26,6 +26,9 @@ Parameters = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 class Settings:
     """How a task is added; for the fields see `EWCState.consolidate`.
 
+    Args:
+        ewc_lambda: λ that the task was trained with, for its record.
+
     Raises:
         ValueError: a value is out of its range.
     """
@@ -36,6 +39,7 @@ class Settings:
     dtype: torch.dtype | str = torch.float32
     keep_fraction: float = 1.0
     device: torch.device | str | None = None
+    ewc_lambda: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -171,7 +171,7 @@ class EWCState:
             self.importance, self.anchor, self.offsets, fisher, parameters, settings
         )
         name = f"task_{self.num_tasks + 1}" if name is None else name
-        record = TaskRecord.now(name, fisher, settings.weight)
+        record = TaskRecord.now(name, fisher, settings.weight, settings.ewc_lambda)
         tasks, metadata = (*self.tasks, record), {**self.metadata, "unit": "label"}
         if isinstance(parameters, nn.Module):
             self._check_fingerprint(parameters)

@@ -26,6 +26,10 @@ class TaskRecord:
         weight: w, by which its Fisher was multiplied.
         date: when it was consolidated, ISO 8601 in UTC.
         labels_per_example: T, by which its Fisher was divided, so that it is per label.
+        fisher_trace: Σ F / T before any weight; None in states that were written before it was
+            kept.
+        ewc_lambda: λ by which earlier tasks were held while this one was trained; None where none
+            were, or it is not known.
 
     Raises:
         ValueError: a value is of another type or out of its range.
@@ -37,6 +41,8 @@ class TaskRecord:
     weight: float
     date: str
     labels_per_example: float = 1.0
+    fisher_trace: float | None = None
+    ewc_lambda: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "fisher_type", "date"):
@@ -50,13 +56,20 @@ class TaskRecord:
         labels = self.labels_per_example
         if not is_number(labels) or labels < 1:
             raise ValueError(f"labels_per_example of a task is {labels!r:.80}; at least 1.")
+        for field in ("fisher_trace", "ewc_lambda"):
+            value = getattr(self, field)
+            if value is not None and not is_number(value):
+                raise ValueError(f"{field} of a task is {value!r:.80}; finite and at least 0.")
 
     @classmethod
-    def now(cls, name: str, fisher: Fisher, weight: float) -> TaskRecord:
+    def now(
+        cls, name: str, fisher: Fisher, weight: float, ewc_lambda: float | None = None
+    ) -> TaskRecord:
         """The record of a task that is consolidated at this moment."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         labels = float(fisher.labels_per_example)
-        return cls(name, fisher.num_examples, fisher.fisher_type, float(weight), date, labels)
+        kind, trace = fisher.fisher_type, fisher.trace / labels
+        return cls(name, fisher.num_examples, kind, float(weight), date, labels, trace, ewc_lambda)
 
 
 def check_records(tasks: Iterable[TaskRecord]) -> None:

@@ -15,6 +15,8 @@ from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.scenario import SCENARIOS, labels_of
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
+from hf_ewc.tasks.training_data import holds_out
+from hf_ewc.training.held_out import FEWEST, has_rows
 
 LONGEST_NAME = 200  # file systems take 255 bytes, of which the number of the task needs some
 
@@ -133,6 +135,8 @@ def check_tasks(
             f"EWCTrainer or a class that begins with EWCMixin."
         )
     for task in tasks:
+        if holds_out(config, task):
+            check_rows(task, "fisher_data='held_out'")
         if task.classes is None:
             continue
         for kind, data in (("training", task.train_dataset), ("evaluation", task.eval_dataset)):
@@ -229,4 +233,19 @@ def check_score(task: Task, compute_metrics: Metrics | str | Sequence[str] | Non
         raise ValueError(
             f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
             "'accuracy' and 'loss' ('perplexity' for language models)."
+        )
+
+
+def check_rows(task: Task, setting: str) -> None:
+    """Refuse a task of which no examples can be held out, as `setting` asks: a `ValueError`."""
+    if not has_rows(task.train_dataset):
+        raise ValueError(
+            f"the training data of task {task.name!r} is a stream; {setting} holds a part of it "
+            "out, for which it must have a length and examples by number. Give those, or another "
+            "setting."
+        )
+    if len(task.train_dataset) < FEWEST:
+        raise ValueError(
+            f"the training data of task {task.name!r} has {len(task.train_dataset)} examples, of "
+            f"which {setting} holds some out; needed are {FEWEST} or more."
         )

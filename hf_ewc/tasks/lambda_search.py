@@ -17,6 +17,7 @@ from transformers import TrainingArguments as Arguments
 
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.tasks.beginning import Beginning
+from hf_ewc.tasks.checks import check_rows
 from hf_ewc.tasks.evaluation import evaluate
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.main_process import by_main_process, is_main
@@ -27,7 +28,7 @@ from hf_ewc.tasks.same_run import length
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.training_data import TrainingData, without
-from hf_ewc.training.held_out import has_rows, held_out_rows, rows_of
+from hf_ewc.training.held_out import held_out_rows, rows_of
 from hf_ewc.training.lambda_curve import START, LambdaCurve, Trial
 from hf_ewc.training.short_training import for_a_share
 
@@ -124,8 +125,8 @@ class LambdaSearch:
 
     def _task(self, index: int, model: nn.Module, data: TrainingData) -> _Task:
         task, args = self._plan.tasks[index], self._training.arguments(index, data)
-        check_rows(task)
-        rows = held_out_rows(len(task.train_dataset), args.seed)
+        check_rows(task, "ewc_lambda='auto'")
+        rows = data.held_out or held_out_rows(len(task.train_dataset), args.seed)
         left = without(data, [x.train_dataset for x in self._plan.tasks], index, rows)
         held_out = replace(task, eval_dataset=rows_of(task.train_dataset, rows))
         whole, part = length(data.dataset), length(left.dataset)
@@ -135,7 +136,9 @@ class LambdaSearch:
         began = time.perf_counter()
         trainer = self._trainer(task, strength)
         if curve.before is None:
-            curve = replace(curve, before=self._score(trainer, task))
+            by_share = task.held_out.metric == "accuracy"
+            examples = len(task.held_out.eval_dataset) if by_share else 0
+            curve = replace(curve, before=self._score(trainer, task), examples=examples)
         halfway = HalfWay(lambda: self._score(trainer, task), curve.is_hopeless)
         trainer.add_callback(halfway)
         self._training.train(trainer, task.index, task.data)
@@ -218,20 +221,6 @@ class _Weights:
                 tensor.copy_(self._values[name])
 
 
-def check_rows(task: Task) -> None:
-    """Refuse a task of which no examples can be held out: a `ValueError`."""
-    if not has_rows(task.train_dataset):
-        raise ValueError(
-            f"the training data of task {task.name!r} is a stream; ewc_lambda='auto' holds a part "
-            "of it out, for which it must have a length and examples by number. Give those, or "
-            "ewc_lambda a number."
-        )
-    try:
-        held_out_rows(len(task.train_dataset), 0)
-    except ValueError as error:
-        raise ValueError(f"task {task.name!r}: {error}") from None
-
-
 def check_search(plan: Plan) -> None:
     """Refuse, before the first step, what λ cannot be found with.
 
@@ -241,7 +230,7 @@ def check_search(plan: Plan) -> None:
     if plan.config is None or not plan.config.finds_lambda:
         return
     for task in plan.tasks[1:]:
-        check_rows(task)
+        check_rows(task, "ewc_lambda='auto'")
     if plan.trainer_kwargs.get("optimizers") not in (None, (None, None)):
         raise ValueError(
             "ewc_lambda is 'auto' and optimizers= are given, whose state would go from one trial "

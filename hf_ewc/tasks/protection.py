@@ -20,6 +20,7 @@ from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Task
 from hf_ewc.tasks.training_data import TrainingData
+from hf_ewc.training.held_out import rows_of
 from hf_ewc.training.lambda_curve import START
 
 
@@ -49,7 +50,9 @@ class Protection:
         self._of_heads: dict[str | None, EWCState] = {}
         self._old_rows: dict[str, int] = {}
         self.config = plan.config
-        if plan.config is not None and plan.config.finds_lambda:
+        if self.config is not None and self.config.fisher_data != "train":
+            self.config = replace(self.config, fisher_data="train")  # the run holds out by itself
+        if self.config is not None and self.config.finds_lambda:
             self.use(START)
         self.state = state
         if state and space.heads is not None:
@@ -99,6 +102,8 @@ class Protection:
         if plan.log_likelihood is not None:
             given["log_likelihood"] = plan.log_likelihood
         dataset = task.fisher_dataset
+        if data.held_out:
+            dataset = rows_of(task.train_dataset, data.held_out)
         if dataset is None:
             dataset = data.own_part(trainer.train_dataset, index)
         if dataset is None and data.places is not None:

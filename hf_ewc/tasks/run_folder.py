@@ -19,6 +19,7 @@ logger = logging.getLogger("hf_ewc")
 OWN_FILES = (
     *("results.json", "report.md", "costs.json", "replay.json", "accuracy_matrix.png"),
     *("curves.png", "stability_plasticity.png", "importance.png", "tracking.json"),
+    "lambda_search.png",
 )
 # What trainers, models, states and tokenizers write. Anything else is somebody's, and stays.
 _WRITTEN = (

@@ -9,10 +9,13 @@ from typing import Any
 import datasets
 import numpy as np
 
+from hf_ewc.config import EWCConfig
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.mixture import MixtureCollator, Place, joint_places, mixed, places_with_replay
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.replay import Replayed, replayed_in
+from hf_ewc.tasks.task import Task
+from hf_ewc.training.held_out import held_out_rows
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class TrainingData:
         apart: whether a batch is to be made for each task, not one for all.
         replayed: what is replayed, by task.
         kept_out: examples of the same kinds that are not trained on.
+        held_out: numbers of the task's own examples that are not, for the Fisher.
     """
 
     dataset: Any
@@ -34,6 +38,7 @@ class TrainingData:
     apart: bool = False
     replayed: Replayed | None = None
     kept_out: list[Place] = field(default_factory=list)
+    held_out: list[int] = field(default_factory=list)
 
     def own_part(self, prepared: Any, index: int) -> Any:
         """The task's own examples in a trainer's data set, as it has prepared them; else None.
@@ -62,6 +67,22 @@ class TrainingData:
 
 def training_data(plan: Plan, index: int, space: LabelSpace) -> TrainingData:
     """What task `index` is trained on; `space` says whether tasks see the model differently."""
+    data, task = _all_data(plan, index, space), plan.tasks[index]
+    if not holds_out(plan.config, task):
+        return data
+    rows = held_out_rows(len(task.train_dataset), plan.args.seed + index)
+    sources = [each.train_dataset for each in plan.tasks]
+    return replace(without(data, sources, index, rows), held_out=rows)
+
+
+def holds_out(config: EWCConfig | None, task: Task) -> bool:
+    """Whether a part of the task's training data is kept for its Fisher alone."""
+    if config is None or task.fisher_dataset is not None:
+        return False
+    return config.fisher_data == "held_out"
+
+
+def _all_data(plan: Plan, index: int, space: LabelSpace) -> TrainingData:
     sources = [task.train_dataset for task in plan.tasks[: index + 1]]
     if not index or not (plan.sequence.replays or plan.sequence.joint_training):
         return TrainingData(sources[index])

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 from torch.utils.data import Subset
+from transformers import Trainer
 
 HELD_OUT = 0.2  # of a task's training examples
 FEWEST = 2
@@ -31,6 +32,27 @@ def held_out_rows(count: int, seed: int) -> list[int]:
         )
     order = np.random.default_rng([seed, count]).permutation(count)
     return sorted(order[: max(1, round(HELD_OUT * count))].tolist())
+
+
+def hold_out(trainer: Trainer) -> Any:
+    """Take a part out of a trainer's training data, and return it; None where it has no data.
+
+    The rows are those of its seed.
+
+    Raises:
+        ValueError: the data is a stream, or has fewer than two examples.
+    """
+    data: Any = trainer.train_dataset
+    if data is None:
+        return None
+    if not has_rows(data):
+        raise ValueError(
+            "fisher_data is 'held_out' and the training data is a stream, of which no part can be "
+            "held out; give one with a length and examples by number, or fisher_data='train'."
+        )
+    rows = held_out_rows(len(data), trainer.args.seed)
+    trainer.train_dataset = rows_of(data, other_rows(len(data), rows))
+    return rows_of(data, rows)
 
 
 def other_rows(count: int, rows: Sequence[int]) -> list[int]:

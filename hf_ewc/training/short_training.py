@@ -20,7 +20,8 @@ def for_a_share(args: TrainingArguments, whole: int, part: int) -> TrainingArgum
         part: how many the short one has, of which an epoch takes fewer steps.
     """
     found = copy.copy(args)
-    found.num_train_epochs = SHARE * args.num_train_epochs * whole / part
+    # Rounded, since the steps are: 6.000000000000001 epochs have one more than 6.
+    found.num_train_epochs = round(SHARE * args.num_train_epochs * whole / part, 9)
     if args.max_steps > 0:
         found.max_steps = max(1, round(SHARE * args.max_steps))
     if args.warmup_steps and args.warmup_steps >= 1:

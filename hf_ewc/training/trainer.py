@@ -21,6 +21,7 @@ from hf_ewc.training import deepspeed, model_card
 from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.estimation import fisher_of
 from hf_ewc.training.final_weights import use_final_weights
+from hf_ewc.training.held_out import hold_out
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
 from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
 from hf_ewc.training.preferences import Likelihood
@@ -71,6 +72,7 @@ class EWCMixin(StateHolder):
         self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
         super().__init__(*args, ewc_config=ewc_config, **kwargs)
+        self._ewc_held_out = hold_out(self) if self.ewc_config.fisher_data == "held_out" else None
         self.add_callback(_RunBegins(self._ewc_expect_run))
         if self._ewc_requested or ewc_state is not None:
             check_launch(self.accelerator.num_processes)
@@ -102,9 +104,10 @@ class EWCMixin(StateHolder):
         protects what was learned in pretraining.
 
         Args:
-            dataset: examples as the trainer's own `train_dataset` has them; that if None. TRL's
-                trainers tokenize texts, prompts and chats as they do their own, each an example.
-                An iterable is read in order.
+            dataset: examples as the trainer's own `train_dataset` has them; that if None, or with
+                `fisher_data` "held_out" the part of it that is not trained on. TRL's trainers
+                tokenize texts, prompts and chats as they do their own, each an example. An iterable
+                is read in order.
             name: of the task, for the records.
             weight: the task's weight in the sum of penalties.
             log_likelihood: a function of (model, batch) that returns log p(y|x) of each example,
@@ -129,7 +132,8 @@ class EWCMixin(StateHolder):
         check_space(self._ewc_state, self._ewc_model, config.ewc_space)
         use_final_weights(self.optimizer)
         if fisher is None:
-            data = self.train_dataset if dataset is None else dataset
+            own_data = self.train_dataset if self._ewc_held_out is None else self._ewc_held_out
+            data = own_data if dataset is None else dataset
             own = has_own_loss(type(self), EWCMixin) and not answers_for_itself(type(self))
             fisher = fisher_of(self, self._ewc_model, data, config, log_likelihood, own)
         elif not isinstance(fisher, Fisher):
@@ -149,6 +153,7 @@ class EWCMixin(StateHolder):
             config.ewc_state_dtype,
             config.ewc_keep_fraction,
             "cpu" if config.ewc_offload else None,
+            config.strength_after(self._ewc_state.num_tasks),
         )
         finish = self._ewc_state.begin_consolidation(fisher, self._ewc_model, settings, name)
         self._ewc_weights_in_use.note("consolidated", self._ewc_model)

@@ -1,0 +1,232 @@
+"""λ for a trainer's task, found by short trainings on its data."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+
+from hf_ewc.fisher.untouched import preserved_random_states
+from hf_ewc.parameters.names import unwrap
+from hf_ewc.training.held_out import has_rows, held_out_rows, other_rows, rows_of
+from hf_ewc.training.lambda_curve import FACTOR, LOWEST, START, LambdaCurve, Trial
+from hf_ewc.training.short_training import for_a_share
+from hf_ewc.training.trainer import EWCMixin
+
+
+@dataclass(frozen=True)
+class FoundLambda:
+    """What `find_lambda` returns.
+
+    Attributes:
+        ewc_lambda: the λ that was chosen.
+        curve: every trial with its score, plain training (λ = 0) first.
+        old_losses: for each λ the mean loss on the validation sets of old tasks, where these were
+            given.
+    """
+
+    ewc_lambda: float
+    curve: LambdaCurve
+    old_losses: dict[float, float]
+
+
+def find_lambda(
+    trainer: Any,
+    *,
+    metric: str = "loss",
+    give_up: float = 0.1,
+    first: float = START,
+    lowest: float = LOWEST,
+    old_validation: Sequence[Any] = (),
+    alpha: float = 1.0,
+) -> FoundLambda:
+    """λ for the task that an `EWCTrainer` is about to learn, with the state that protects old ones.
+
+    A fifth of the training data is held out; trainings for 40 % of the steps on the rest, plain and
+    with λ = first, first/10 …, are scored on it. The first λ that keeps 1 − give_up of what plain
+    training reaches is chosen: see `LambdaCurve`. With validation sets of old tasks all λ down to
+    `lowest` are tried, and the one with the least L_new + alpha · L_old is chosen, L_old the mean
+    of the losses on these sets.
+
+    Model, trainer and random numbers are left as they were; `trainer.ewc_config.ewc_lambda` is
+    for the caller to set. The trainer's own callbacks do not see the trials.
+
+    Args:
+        trainer: as it will be trained: with `ewc_state=`, and data that can be counted.
+        metric: what `trainer.evaluate` returns as `eval_<metric>`; of "loss" less is better, of all
+            else more.
+        give_up: at most this share of what plain training would reach on the new task.
+        first: the largest λ that is tried.
+        lowest: the smallest.
+        old_validation: data sets of old tasks, for the trainer's collator and head.
+        alpha: how much the old tasks' loss counts beside the new one's.
+
+    Raises:
+        TypeError: the trainer has no EWC.
+        ValueError: it has no state, its data is a stream, its model in shards, its optimizer was
+            given, or evaluation returns no such metric.
+    """
+    _check(trainer)
+    with _as_it_was(trainer) as trial:
+        curve = LambdaCurve(
+            "the trainer's",
+            first,
+            give_up,
+            trial.score(metric),
+            by_improvement=metric == "loss",
+            lowest=lowest,
+            examples=trial.examples if metric == "accuracy" else 0,
+        )
+        old: dict[float, float] = {}
+        strength: float | None = 0.0
+        while strength is not None:
+            curve = curve.with_trial(trial.made(strength, metric))
+            if old_validation:
+                old[strength] = trial.loss_on(old_validation)
+                strength = None if 0 < strength <= lowest else strength / FACTOR or first
+            else:
+                strength = curve.upcoming()
+    if not old_validation:
+        return FoundLambda(curve.chosen or lowest, curve, {})
+    totals = {
+        t.ewc_lambda: trial.losses[t.ewc_lambda] + alpha * old[t.ewc_lambda]
+        for t in curve.trials[1:]
+    }
+    return FoundLambda(min(totals, key=lambda strength: totals[strength]), curve, old)
+
+
+class _Trials:
+    """Short trainings of one trainer, each from the weights that it has now."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        data = trainer.train_dataset
+        rows = held_out_rows(len(data), trainer.args.seed)
+        self._held_out = rows_of(data, rows)
+        self._data = rows_of(data, other_rows(len(data), rows))
+        self._state, self._config = trainer.ewc_state, trainer.ewc_config
+        self._weights = _copied(trainer.model)
+        self.args = for_a_share(trainer.args, len(data), len(self._data))
+        self.examples = len(rows)
+        self.losses: dict[float, float] = {}
+
+    def made(self, strength: float, metric: str) -> Trial:
+        trainer, began = self._trainer, time.perf_counter()
+        self.put_back()
+        trainer.args, trainer.train_dataset = self.args, self._data
+        trainer.ewc_config = replace(self._config, ewc_lambda=strength)
+        trainer.ewc_state = self._state if strength else None
+        set_seed(trainer.args.seed)
+        trainer.train()
+        score = self.score(metric)
+        self.losses[strength] = self._figure("loss", self._held_out)
+        return Trial(
+            strength,
+            score,
+            steps=trainer.state.global_step,
+            seconds=time.perf_counter() - began,
+        )
+
+    def score(self, metric: str) -> float | None:
+        figure = self._figure(metric, self._held_out)
+        if not math.isfinite(figure):
+            return None
+        return -figure if metric == "loss" else figure
+
+    def loss_on(self, sets: Sequence[Any]) -> float:
+        return sum(self._figure("loss", data) for data in sets) / len(sets)
+
+    def _figure(self, metric: str, data: Any) -> float:
+        with preserved_random_states():
+            found = self._trainer.evaluate(data)
+        if f"eval_{metric}" not in found:
+            raise ValueError(
+                f"metric is {metric!r}; evaluation returned {sorted(found)}. Name one of these "
+                "without its eval_, or give the trainer compute_metrics."
+            )
+        return float(found[f"eval_{metric}"])
+
+    def put_back(self) -> None:
+        """Weights as they were, and no optimizer of an earlier trial."""
+        trainer = self._trainer
+        unwrap(trainer.model).load_state_dict(self._weights)
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.model_wrapped = trainer.model
+        trainer.accelerator.free_memory()
+
+
+@contextmanager
+def _as_it_was(trainer: Any) -> Iterator[_Trials]:
+    """Trials with the trainer, which is as before at the end, whatever ends them."""
+    kept = ("args", "train_dataset", "ewc_config", "state", "control", "callback_handler")
+    values = {name: getattr(trainer, name) for name in kept}
+    state, training = trainer.ewc_state, trainer.model.training
+    trials = _Trials(trainer)
+    with preserved_random_states():
+        trainer.state, trainer.control = TrainerState(), TrainerControl()
+        trainer.callback_handler = _without_the_users(trainer)
+        try:
+            yield trials
+        finally:
+            trials.put_back()
+            for name, value in values.items():
+                setattr(trainer, name, value)
+            trainer.ewc_state = state
+            trainer.model.train(training)
+
+
+def _without_the_users(trainer: Any) -> CallbackHandler:
+    """The callbacks that trainers have of themselves, but for those that print."""
+    handler = trainer.callback_handler
+    own: list[TrainerCallback] = [
+        callback
+        for callback in handler.callbacks
+        if type(callback).__module__.startswith(("transformers.trainer_callback", "hf_ewc."))
+        and not isinstance(callback, (PrinterCallback, ProgressCallback))
+    ]
+    found: CallbackHandler = copy.copy(handler)
+    found.callbacks = own
+    return found
+
+
+def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    state = unwrap(model).state_dict()
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+
+def _check(trainer: Any) -> None:
+    if not isinstance(trainer, EWCMixin):
+        raise TypeError(
+            f"find_lambda got a {type(trainer).__name__}; needed is an EWCTrainer, or a trainer "
+            "of a class that begins with EWCMixin."
+        )
+    if not trainer.ewc_state:
+        raise ValueError(
+            "the trainer has no EWC state yet, so every λ is the same; give it the one of the "
+            "tasks before (ewc_state=)."
+        )
+    if not has_rows(trainer.train_dataset):
+        raise ValueError(
+            "find_lambda holds a part of the training data out, for which it must have a length "
+            "and examples by number."
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "find_lambda does not go with models in shards (FSDP, DeepSpeed): the weights could "
+            "not be put back after a trial. Look for λ with DDP or in one process."
+        )
+    if trainer.optimizer is not None:
+        raise ValueError(
+            "the trainer has an optimizer already, whose state would go from one trial to the "
+            "next; call find_lambda before train(), and let the trainer make its own."
+        )

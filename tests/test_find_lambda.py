@@ -1,0 +1,111 @@
+"""find_lambda: λ for a trainer by itself, which is left as it was."""
+
+import pytest
+import torch
+from test_lambda_search import Seen, enough, three_tasks
+from test_tasks import arguments, same_weights, vit
+from transformers import Trainer
+
+from hf_ewc import EWCConfig, EWCTrainer, find_lambda
+from hf_ewc.tasks.evaluation import accuracy
+from hf_ewc.training.held_out import held_out_rows, other_rows
+
+CONFIG = EWCConfig(ewc_lambda=50.0, fisher_samples=8)
+
+
+def trainer_of(folder, state=None, task=1, seen=None, **options):
+    return EWCTrainer(
+        vit() if state is None else state[0],
+        arguments(folder, num_train_epochs=12, **options),
+        train_dataset=three_tasks()[task].train_dataset,
+        compute_metrics=accuracy,
+        ewc_config=CONFIG,
+        ewc_state=None if state is None else state[1],
+        callbacks=[seen] if seen else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    trainer = trainer_of(tmp_path_factory.mktemp("first"), task=0)
+    trainer.train()
+    return trainer.model, trainer.consolidate()
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_the_curve_is_that_of_trainings_by_hand_and_all_is_as_before(tmp_path, learnt):
+    seen, begin = Seen(), weights_of(learnt[0])
+    trainer = trainer_of(tmp_path, learnt, seen=seen)
+    data, args, random = trainer.train_dataset, trainer.args, torch.get_rng_state()
+    found = find_lambda(trainer, metric="accuracy")
+    assert all(torch.equal(begin[n], v) for n, v in learnt[0].state_dict().items())
+    assert trainer.train_dataset is data
+    assert trainer.args is args
+    assert trainer.ewc_config.ewc_lambda == 50.0
+    assert trainer.optimizer is None
+    assert trainer.ewc_state is learnt[1]
+    assert torch.equal(random, torch.get_rng_state())
+    assert seen.begun == 0
+    rows = held_out_rows(40, args.seed)
+    rest = [data[i] for i in other_rows(40, rows)]
+    held = [data[i] for i in rows]
+    for trial in found.curve.trials:
+        by_hand = EWCTrainer if trial.ewc_lambda else Trainer
+        options = {}
+        if trial.ewc_lambda:
+            options = dict(ewc_config=EWCConfig(ewc_lambda=trial.ewc_lambda), ewc_state=learnt[1])
+        learnt[0].load_state_dict(begin)
+        short = arguments(tmp_path, num_train_epochs=6)
+        own = by_hand(learnt[0], short, train_dataset=rest, compute_metrics=accuracy, **options)
+        own.train()
+        assert own.state.global_step == trial.steps
+        assert own.evaluate(held)["eval_accuracy"] == trial.score
+    learnt[0].load_state_dict(begin)
+    plain = found.curve.plain.score
+    passing = [t for t in found.curve.trials[1:] if enough(t.score, plain, 8)]
+    assert found.ewc_lambda == (passing[0].ewc_lambda if passing else 1.0)
+
+
+def test_training_after_it_is_as_without_it(tmp_path, learnt):
+    begin = weights_of(learnt[0])
+    trainer = trainer_of(tmp_path, learnt)
+    trainer.train()
+    plain = weights_of(learnt[0])
+    learnt[0].load_state_dict(begin)
+    trainer = trainer_of(tmp_path, learnt)
+    find_lambda(trainer, first=1e2, lowest=1e2)
+    trainer.train()
+    assert all(torch.equal(plain[n], v) for n, v in learnt[0].state_dict().items())
+    learnt[0].load_state_dict(begin)
+
+
+def test_with_validation_sets_of_old_tasks_it_is_the_least_sum(tmp_path, learnt):
+    trainer = trainer_of(tmp_path, learnt)
+    old = [three_tasks()[0].eval_dataset]
+    results = [
+        find_lambda(trainer, first=1e4, lowest=1e2, old_validation=old, alpha=alpha)
+        for alpha in (0.0, 1e3)
+    ]
+    for found, alpha in zip(results, (0.0, 1e3), strict=True):
+        trials = found.curve.trials[1:]
+        assert [t.ewc_lambda for t in trials] == [1e4, 1e3, 1e2]
+        totals = {t.ewc_lambda: -t.score + alpha * found.old_losses[t.ewc_lambda] for t in trials}
+        assert found.ewc_lambda == min(totals, key=totals.get)
+    assert results[0].old_losses == results[1].old_losses
+
+
+def test_what_it_cannot_be_found_for(tmp_path, learnt):
+    with pytest.raises(TypeError, match="got a Trainer"):
+        find_lambda(Trainer(vit(), arguments(tmp_path)))
+    with pytest.raises(ValueError, match="no EWC state"):
+        find_lambda(trainer_of(tmp_path))
+    trainer = trainer_of(tmp_path, learnt)
+    with pytest.raises(ValueError, match="metric is 'f1'"):
+        find_lambda(trainer, metric="f1")
+    trainer.create_optimizer()
+    with pytest.raises(ValueError, match="an optimizer already"):
+        find_lambda(trainer)
+    assert same_weights(trainer.model, learnt[0])
