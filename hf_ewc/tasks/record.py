@@ -26,6 +26,7 @@ from hf_ewc.report import (
 from hf_ewc.report.names import in_markdown
 from hf_ewc.report.results import plain
 from hf_ewc.tasks.aftermath import Aftermath
+from hf_ewc.tasks.fishers import fisher_table
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import RunFolder
@@ -56,6 +57,7 @@ class Record:
         figures: what the user's `after_task` returned after each task.
         tries: of the gate: tasks after which too much was lost, with what was.
         searches: what was tried to find λ before each task, where it is looked for.
+        fishers: what the Fisher of each task was, in JSON's types.
         aftermaths: what each task has done to the earlier ones, in JSON's types.
         importance: Σ F by layer in the state after the last task, where a process holds it whole.
     """
@@ -72,6 +74,7 @@ class Record:
         self.figures: list[dict[str, Any]] = []
         self.tries: list[dict[str, Any]] = []
         self.searches: list[LambdaCurve] = []
+        self.fishers: list[dict[str, Any]] = []
         self.aftermaths: list[dict[str, Any]] = []
         self.importance: Mapping[str, LayerImportance] | None = None
 
@@ -99,6 +102,7 @@ class Record:
         self.steps = content.get("steps", [])
         self.figures = content.get("figures", [])
         self.tries = content.get("tries", [])
+        self.fishers = content.get("fishers", [])
         self.aftermaths = content.get("aftermaths", [])
 
     def failed(self, index: int) -> list[dict[str, Any]]:
@@ -189,6 +193,7 @@ class Record:
             notes.append(f"**{CLASS_INCREMENTAL}**")
         lines = [f"- {in_markdown(Aftermath(**found).in_words())}" for found in self.aftermaths]
         notes += ["\n".join(lines)] if lines else []
+        notes += [fisher_table(self.fishers)] if self.fishers else []
         return notes
 
     def _details(self) -> Mapping[str, Any]:
@@ -200,5 +205,6 @@ class Record:
             "steps": self.steps,
             **({"figures": self.figures} if self.plan.after_task is not None else {}),
             **({"tries": self.tries} if self.tries else {}),
+            **({"fishers": self.fishers} if self.fishers else {}),
             **({"aftermaths": self.aftermaths} if self.aftermaths else {}),
         }

@@ -27,6 +27,7 @@ from hf_ewc.tasks.aftermath import aftermath
 from hf_ewc.tasks.beginning import Beginning
 from hf_ewc.tasks.blueprint import Blueprint, check_saves_whole
 from hf_ewc.tasks.evaluation import evaluate, warn_of_lost
+from hf_ewc.tasks.fishers import fishers_of
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.gate import lost, refusal
 from hf_ewc.tasks.growth import Growth
@@ -140,6 +141,7 @@ class TaskRun:
         self.record.history.append(history_of(trainer.state.log_history))
         self.record.steps.append(trainer.state.global_step)
         self.record.importance = None if state is None else importance_by_layer(state)
+        self.record.fishers = [] if state is None else fishers_of(state)
         self._tell(index, trainer)
         by_main_process(lambda: self._keep(index))
         self._call_user(trainer, index)

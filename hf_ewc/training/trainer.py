@@ -17,6 +17,7 @@ from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.processes import check_launch, uninterrupted
 from hf_ewc.state.consolidation import Settings
 from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.state.vanished import warn_of_vanished
 from hf_ewc.training import deepspeed, model_card
 from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.estimation import fisher_of
@@ -162,6 +163,7 @@ class EWCMixin(StateHolder):
             self._ewc_state = EWCState()
             self._ewc_drop_penalty()
             self.ewc_state = finish()
+        warn_of_vanished(self.ewc_state.tasks, self.is_world_process_zero())
         return self.ewc_state
 
     # ---- Training ----
