@@ -106,9 +106,10 @@ def test_batches_are_cut_in_half_and_count_once(kind, where, error, caplog):
     assert [text.rsplit(" ", 1)[1] for text in said] == ["4.", "2."]  # which is remembered
 
 
+@pytest.mark.parametrize("most", [2, 4])
 @pytest.mark.parametrize("kind", ["data set", "DataLoader", "batches"])
-def test_memory_that_runs_out_in_a_later_backward(kind, caplog):
-    data, model = examples(), Limited(2, "backward", spared=2)
+def test_memory_that_runs_out_in_a_later_backward(kind, most):
+    data, model = examples(), Limited(most, "backward", spared=2)
     found = estimate_fisher(model, KINDS[kind](data), batch_size=8)
     assert model.largest[0] == 8  # the first batch was whole, and is taken off again
     assert found.num_examples == 19
