@@ -14,6 +14,7 @@ from torch import nn
 from hf_ewc import estimate_fisher
 from hf_ewc.fisher import replicas
 from hf_ewc.fisher.engine.verification import Sketch
+from hf_ewc.fisher.uses.product import Product
 
 PICTURE = 9
 
@@ -391,7 +392,7 @@ def test_a_sketch_of_factors_is_that_of_their_product(shape):
     """Matrices of few entries are kept, of more the sums: a difference shows in both."""
     g, x = randn(6, shape[0], seed=1), randn(6, shape[1], seed=2)
     factors, product, other = Sketch(), Sketch(), Sketch()
-    factors.see("w", (g, x))
+    factors.see("w", Product(g, x, shape[0]))
     product.see("w", g.T @ x)
     changed = g.T @ x
     changed[3, 4] += 1.0
@@ -400,5 +401,24 @@ def test_a_sketch_of_factors_is_that_of_their_product(shape):
     assert factors.differences(product, ["w"])["w"] < 1e-9 * size
     assert factors.differences(other, ["w"])["w"] == pytest.approx(1.0, rel=1e-3)
     assert factors.sizes(["w"])["w"] == pytest.approx(size, rel=0.5)
-    factors.see("w", (g, x))
+    factors.see("w", Product(g, x, shape[0]))
     assert factors.sizes(["w"])["w"] == pytest.approx(4 * product.sizes(["w"])["w"], rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (80, 70)])
+def test_a_sketch_of_a_tied_matrix_adds_up_that_of_its_uses(shape):
+    sizes = (6, shape[0]), (6, shape[1]), (4, shape[1])
+    g, x, rows = (randn(*size, seed=k) for k, size in enumerate(sizes))
+    places = torch.tensor([1, 4, 1, 0])
+    uses, written_out = Sketch(), Sketch()
+    uses.see("w", Product(g, x, shape[0]))
+    uses.see("w", Product(places, rows, shape[0]))
+    gradient = g.T @ x
+    for place, row in zip(places, rows, strict=True):
+        gradient[place] += row
+    written_out.see("w", gradient)
+    size = float(gradient.square().sum())
+    assert uses.differences(written_out, ["w"])["w"] < 1e-9 * size
+    uses.see("w", Product(places[:1], rows[:1], shape[0]))
+    expected = pytest.approx(float(rows[0].square().sum()), rel=0.5)
+    assert uses.differences(written_out, ["w"])["w"] == expected

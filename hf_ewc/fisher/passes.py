@@ -58,7 +58,7 @@ class Passes:
         self._model = model
         self._plan = plan
         self._never_none = never_none
-        self._reader = LabelReader(model)
+        self._reader = LabelReader(model, in_full=never_none)
 
     def __call__(self, batch: ExampleBatch) -> Iterator[Tensor]:
         """The objectives; what the model's outputs mean is settled now, before it runs for them."""

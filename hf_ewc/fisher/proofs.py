@@ -85,9 +85,21 @@ def _fingerprint(model: nn.Module) -> Hashable:
         (name, tied[id(p)], tuple(p.shape), p.stride(), p.dtype, p.requires_grad)
         for name, p in model.named_parameters(remove_duplicate=False)
     )
-    configs = {id(c): str(c) for m in model.modules() if (c := getattr(m, "config", None))}
+    own = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
+    configs = tuple(_described(config) for config in own.values())
     autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return modules, parameters, tuple(configs.values()), autocast
+    return modules, parameters, configs, autocast
+
+
+def _described(value: Any) -> Hashable:
+    """A configuration, nested ones included: many times quicker than its JSON."""
+    if isinstance(value, Mapping):
+        return tuple((str(key), _described(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return tuple(map(_described, value))
+    if isinstance(value, PLAIN) or callable(value) or not hasattr(value, "__dict__"):
+        return str(value)
+    return type(value), _described(vars(value))
 
 
 def _of_module(module: nn.Module) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ an operation was not covered, and `uncovered_uses` names it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from hf_ewc.fisher.engine.composite import is_composite, opened
 from hf_ewc.fisher.operations import find_handler
+from hf_ewc.fisher.unwatched import is_watched
 from hf_ewc.fisher.uses.call import Call, Uncovered
 from hf_ewc.fisher.uses.graph import leaf_uses, leaves
 from hf_ewc.fisher.uses.nested import tensors_in
@@ -27,11 +28,14 @@ from hf_ewc.fisher.uses.tracking import Tracker
 
 # Results that depend on the shape or dtype of their arguments alone.
 _LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
+_NOTHING = contextlib.nullcontext()
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 _SHAPE_ONLY = frozenset(_LIKE | _NEW)
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as"})
 # Results that depend on the values of the first argument alone.
 _FIRST_ONLY = frozenset({"to", "type_as", "view_as", "expand_as", "reshape_as"})
+# Questions about a tensor, most of whose answers are no tensors: every third call of a forward.
+_QUESTIONS = frozenset({"__get__", "size", "dim", "numel", "is_floating_point", "stride"})
 
 
 class Interception(TorchFunctionMode):
@@ -47,17 +51,21 @@ class Interception(TorchFunctionMode):
         func: Callable[..., Any],
         types: Iterable[type],
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        call = Call(func, getattr(func, "__name__", str(func)), args, dict(kwargs or {}))
+        if not is_watched():
+            return func(*args, **(kwargs or {}))
+        call = Call(func, getattr(func, "__name__", str(func)), args, kwargs or {})
         if call.name in _SHAPE_ONLY:
             return call.run()
+        if call.name in _QUESTIONS and not tensors_in(answer := call.run()):
+            return answer
         inputs = tensors_in((args, call.kwargs))
         if call.name in _FIRST_ONLY:
             inputs = inputs[:1]
         shared = [tensor for tensor in inputs if self._tracker.is_shared(tensor)]
         if len(shared) == len(inputs):
-            return self._run_shared(call)
+            return self._run_shared(call, inputs)
         used = [tensor for tensor in shared if tensor.requires_grad]
         used = used if torch.is_grad_enabled() else []
         if used and is_composite(call.func) and find_handler(call) is None:
@@ -67,9 +75,10 @@ class Interception(TorchFunctionMode):
         self._tracker.follow_call(call, inputs, tensors_in(result), shared)
         return result
 
-    def _run_shared(self, call: Call) -> Any:
+    def _run_shared(self, call: Call, inputs: list[Tensor]) -> Any:
         # Kept out of checkpointing's storage: derived tensors are pulled back after the backward.
-        with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+        differentiable = any(tensor.requires_grad for tensor in inputs)
+        with torch.autograd.graph.saved_tensors_hooks(_keep, _keep) if differentiable else _NOTHING:
             result = _shared_result(call)
         for tensor in tensors_in(call.args[0] if call.name == "__setitem__" else result):
             self._tracker.share(tensor)

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hf_ewc.fisher.examples.batch import ExampleBatch
+from hf_ewc.fisher.uses.product import Product
 
 # Runs the forward on a batch and yields the objectives to backpropagate, one after another.
 Objectives = Callable[[ExampleBatch], Iterator[Tensor]]
@@ -25,8 +26,8 @@ class Witness(Protocol):
     @property
     def example(self) -> int: ...
 
-    def see(self, name: str, gradient: Tensor | tuple[Tensor, Tensor]) -> None:
-        """`gradient` is G, or (g, x) with G = gᵀ x."""
+    def see(self, name: str, gradient: Tensor | Product) -> None:
+        """`gradient` is G or, of several whose sum it is, one."""
 
 
 class Engine(Protocol):

@@ -14,6 +14,7 @@ from hf_ewc.fisher.engine.one_by_one import OneByOne
 from hf_ewc.fisher.engine.protocol import Objectives, Outputs
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.memory import is_out_of_memory
+from hf_ewc.fisher.uses.product import Product
 from hf_ewc.parameters.sharding import whole_shape
 
 # Gradients of up to this many entries are kept as they are.
@@ -45,23 +46,12 @@ class Sketch:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def see(self, name: str, gradient: Tensor | tuple[Tensor, Tensor]) -> None:
-        """`gradient` is G, or (g, x) with G = gᵀ x, which is then not written out."""
-        if isinstance(gradient, tuple):
-            g, x = (_wide(factor) for factor in gradient)
-            if g.shape[1] * x.shape[1] <= _SHORT:
-                sums = (g.T @ x).flatten()
-            else:
-                rows, columns = (_signs(one.shape[1]).to(one) for one in (g, x))
-                sums = torch.cat([(g @ rows) @ x, (x @ columns) @ g]) * 0.5**0.5
+    def see(self, name: str, gradient: Tensor | Product) -> None:
+        """`gradient` is G or, of several whose sum it is, one; a product is not written out."""
+        if isinstance(gradient, Tensor):
+            sums = _of_matrix(_wide(gradient))
         else:
-            gradient = _wide(gradient)
-            if gradient.numel() <= _SHORT:
-                sums = gradient.flatten().clone()
-            else:
-                matrix = gradient.reshape(gradient.shape[0], -1)
-                rows, columns = (_signs(size).to(matrix) for size in matrix.shape)
-                sums = torch.cat([rows @ matrix, matrix @ columns]) * 0.5**0.5
+            sums = _of_product(gradient.wide())
         self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums
 
     def sizes(self, names: Iterable[str]) -> dict[str, float]:
@@ -78,6 +68,24 @@ class Sketch:
             either = own if own is not None else others
             return 0.0 if either is None else _sum(either.square())
         return _sum((own - others).square())
+
+
+def _of_matrix(gradient: Tensor) -> Tensor:
+    if gradient.numel() <= _SHORT:
+        return gradient.flatten().clone()
+    matrix = gradient.reshape(gradient.shape[0], -1)
+    rows, columns = (_signs(size).to(matrix) for size in matrix.shape)
+    sums: Tensor = torch.cat([rows @ matrix, matrix @ columns]) * 0.5**0.5
+    return sums
+
+
+def _of_product(product: Product) -> Tensor:
+    height, width = product.height, product.right.shape[1]
+    if height * width <= _SHORT:
+        return product.written_out().flatten()
+    rows, columns = (_signs(size).to(product.right) for size in (height, width))
+    sums: Tensor = torch.cat([product.times_rows(rows), product.times_columns(columns)]) * 0.5**0.5
+    return sums
 
 
 def _wide(tensor: Tensor) -> Tensor:

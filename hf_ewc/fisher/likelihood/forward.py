@@ -137,6 +137,14 @@ class Forward:
                 return
         self._way = "with"
 
+    @property
+    def takes_labels_always(self) -> bool:
+        return self._way == "with"
+
+    def can_leave_out(self, batch: Batch) -> bool:
+        """Whether the forward may be run without labels, and makes no inputs of them."""
+        return not self._required("labels") and not self.makes_decoder_inputs(batch)
+
     def always_with_labels(self) -> None:
         self._way = "with"
 

@@ -21,3 +21,12 @@ def shifts_labels(model: nn.Module) -> bool | None:
         return None
     config = getattr(model, "config", None)
     return loss is ForCausalLMLoss and not getattr(config, "is_encoder_decoder", False)
+
+
+def takes_any_length(model: nn.Module) -> bool:
+    """Whether this is a causal language model, which takes a part of a text as well."""
+    if (shifts := shifts_labels(model)) is not None:
+        return shifts
+    config, generates = getattr(model, "config", None), getattr(model, "can_generate", None)
+    decodes = getattr(config, "is_encoder_decoder", False)
+    return not decodes and callable(generates) and bool(generates())

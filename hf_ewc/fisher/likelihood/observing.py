@@ -12,6 +12,7 @@ from hf_ewc.fisher.labels import Batch, are_there, label_name
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs
 from hf_ewc.fisher.likelihood.made_up_labels import filled, made_up, possible_classes
 from hf_ewc.fisher.likelihood.own_loss import Observation
+from hf_ewc.fisher.likelihood.parts import Parts
 from hf_ewc.fisher.memory import is_out_of_memory
 
 _SIDES = ("start", "end")
@@ -58,10 +59,16 @@ class Observer:
     Args:
         forward: runs the model.
         batch: a few examples with labels.
+        parts: of the model, of which a forward with made-up labels runs only what is new.
+        known: whether the parts have noted a forward on the batch.
     """
 
-    def __init__(self, forward: Forward, batch: Batch) -> None:
+    def __init__(
+        self, forward: Forward, batch: Batch, parts: Parts, *, known: bool = False
+    ) -> None:
         self._forward = forward
+        self._parts = parts
+        self._known = known
         self._batch = _in_wide_types(batch)
         self._first: Outputs | None = None
 
@@ -79,7 +86,8 @@ class Observer:
                 break
             if turn == 0 and self._is_dense(outputs) and _any_missing(batch):
                 batch = self._batch = _as_numbers(self._batch, keep_type=True)
-                outputs = self._forward.with_labels(batch)
+                with self._parts.repeated():
+                    outputs = self._forward.with_labels(batch)
             self._first = self._first or outputs
             loss = math.nan if outputs.loss is None else float(outputs.loss)
             found.append(Observation(batch, outputs, loss))
@@ -87,8 +95,12 @@ class Observer:
 
     def _attempt(self, batch: Batch) -> Outputs | None:
         """None where the model's loss does not take such labels."""
+        parts = self._parts.repeated() if self._known else self._parts.noted()
         try:
-            return self._forward.with_labels(batch)
+            with parts:
+                found = self._forward.with_labels(batch)
+            self._known = True
+            return found
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,11 +15,13 @@ from hf_ewc.fisher.labels import IGNORED, Batch, label_name, refuse_further_labe
 from hf_ewc.fisher.likelihood import choosing, refusals
 from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs, same_scores
-from hf_ewc.fisher.likelihood.label_shift import shifts_labels
+from hf_ewc.fisher.likelihood.label_shift import takes_any_length
 from hf_ewc.fisher.likelihood.observing import Observer, few_examples, few_positions, has_labels
 from hf_ewc.fisher.likelihood.own_loss import Observation
+from hf_ewc.fisher.likelihood.parts import Parts
 from hf_ewc.fisher.likelihood.readings import Reading
 from hf_ewc.fisher.likelihood.slices import unseen
+from hf_ewc.fisher.unwatched import unwatched
 
 # The true labels and made-up ones; the further ones where these tell nothing.
 _TURNS, _FURTHER_TURNS = range(2), range(2, 5)
@@ -31,22 +34,30 @@ class LabelReader:
     shapes admit (softmax, shifted by one or not, yes or no, regression, CTC, …) the one whose
     −log p is the model's own loss, up to a constant factor, for the true labels and for made-up
     ones. Where the model has no loss, `config.problem_type` and its class say it.
+
+    Args:
+        model: the unwrapped one.
+        in_full: run each forward in full, as sharded parameters need it; otherwise a forward with
+            other labels runs only what is new in it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, in_full: bool = False) -> None:
         self._model = model
         self._forward = Forward(model)
+        self._parts = Parts() if in_full else Parts.of(model)
+        self._in_full = in_full
+        self._waiting: ExampleBatch | None = None
         # As it is set before any forward: those of `transformers` write down what they take.
         self._problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         self._reading: Reading | None = None
         self._loss_is_nan = False
-        self._expected: tuple[Batch, list[int] | None, Observation] | None = None
+        self._expected: tuple[Batch, list[int], Observation] | None = None
 
     def settle(self, batch: ExampleBatch) -> None:
         """Find by the model's own loss what its outputs mean, unless that is known already.
 
-        It takes two to five forwards of two examples, of long texts a part, without gradients; none
-        later on.
+        A batch of plain labels waits for its own forward, whose outputs say it. Otherwise it takes
+        a forward of two examples, of long texts a part, without gradients; none later on.
 
         Raises:
             ValueError: the batch has labels for further heads, or the loss is of no likelihood that
@@ -55,18 +66,53 @@ class LabelReader:
         inputs = batch.inputs
         refuse_further_labels(inputs)
         if self._reading is None and has_labels(inputs) and self._forward.takes_labels(inputs):
-            for rows, few in self._to_observe(batch):
-                observer = Observer(self._forward, few)
-                observed = observer.observe(_TURNS)
-                if observed:
-                    self._follow(inputs, rows, observed)
-                    self._settle_by(observer, observed)
-                    break
+            if self._can_wait(batch):
+                self._waiting = batch
+            else:
+                self._settle_on_few(batch)
+
+    def _can_wait(self, batch: ExampleBatch) -> bool:
+        """Whether all examples have labels that no input is made of, of small outputs."""
+        name = label_name(batch.inputs)
+        if self._in_full or name is None or len(batch) < 2 or batch.padding:
+            return False
+        labels = batch.inputs[name]
+        plain = labels.dim() <= 1 or labels.is_floating_point()
+        apart = batch.uneven is None and not batch.doubtful
+        return plain and apart and self._forward.can_leave_out(batch.inputs)
+
+    def _settle_on_few(self, batch: ExampleBatch) -> None:
+        for rows, few in self._to_observe(batch):
+            observer = Observer(self._forward, few, self._parts)
+            observed = observer.observe(_TURNS)
+            if observed:
+                self._follow(batch.inputs, rows, observed)
+                self._settle_by(observed, observer)
+                break
+        self._parts.forget()
+
+    def _settle_on(self, batch: ExampleBatch) -> Outputs:
+        """The outputs of a batch, after these have said what they mean, or those of a few have."""
+        with self._parts.noted():
+            outputs = self._forward(batch.inputs)
+        with unwatched():
+            observer = Observer(self._forward, batch.inputs, self._parts, known=True)
+            observed = observer.observe(_TURNS)
+            if observed and same_scores(outputs, observed[0].outputs):
+                with contextlib.suppress(ValueError):
+                    self._settle_by(observed)
+            intact = self._parts.are_as_noted()
+            self._parts.forget()
+            if self._reading is None:
+                self._settle_on_few(batch)
+        if self._forward.takes_labels_always or not intact:
+            return self._forward(batch.inputs)
+        return self._as_expected(batch.inputs, outputs)
 
     def _to_observe(self, batch: ExampleBatch) -> Iterator[tuple[list[int] | None, Batch]]:
         """As little of a batch as tells, then more; with the places of the examples in it."""
         rows, few = few_examples(batch)
-        short = few_positions(few) if shifts_labels(self._model) else None
+        short = few_positions(few) if takes_any_length(self._model) else None
         if short is not None:
             yield None, short
         yield rows, few
@@ -91,15 +137,23 @@ class LabelReader:
 
     def _run(self, batch: Batch) -> Outputs:
         """The outputs; with labels, where the forward without them does something else."""
-        outputs = self._forward(batch)
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and waiting.inputs is batch:
+            return self._settle_on(waiting)
+        if waiting is not None:
+            with unwatched():
+                self._settle_on_few(waiting)
+        return self._as_expected(batch, self._forward(batch))
+
+    def _as_expected(self, batch: Batch, outputs: Outputs) -> Outputs:
         if self._expected is not None:
             observed, rows, expected = self._expected
-            if batch is not observed or rows is None:
-                with torch.no_grad():
-                    own = self._forward(expected.batch)
-            else:
+            if batch is observed:
                 with torch.no_grad(), unseen():
                     own = outputs.of_examples(rows)
+            else:
+                with torch.no_grad(), unwatched():
+                    own = self._forward(expected.batch)
             self._expected = None  # not before: memory may have run out
             if not same_scores(own, expected.outputs):
                 self._forward.always_with_labels()
@@ -109,14 +163,21 @@ class LabelReader:
     def _follow(
         self, batch: Batch, rows: list[int] | None, observed: Sequence[Observation]
     ) -> None:
-        """Have the forward do what it does with labels; of decoders this is seen at once."""
-        last = observed[-1]
+        """Have the forward do what it does with labels; of rows of the batch it is seen later."""
+        first, last = observed[0], observed[-1]
         if self._forward.makes_decoder_inputs(last.batch):
-            self._forward.follow(last.batch, last.outputs)
-        elif observed[0].outputs.scores:
-            self._expected = batch, rows, observed[0]
+            with self._parts.repeated():
+                self._forward.follow(last.batch, last.outputs)
+        elif first.outputs.scores and rows is not None:
+            self._expected = batch, rows, first
+        elif first.outputs.scores:
+            with torch.no_grad(), self._parts.repeated():
+                own = self._forward(first.batch)
+            if not same_scores(own, first.outputs):
+                self._forward.always_with_labels()
 
-    def _settle_by(self, observer: Observer, observed: list[Observation]) -> None:
+    def _settle_by(self, observed: list[Observation], observer: Observer | None = None) -> None:
+        """By what was observed and, where that tells nothing, by what more `observer` sees."""
         first = observed[0]
         self._loss_is_nan = first.outputs.loss is not None and math.isnan(first.loss)
         observed = self._after_prompts(observed)
@@ -124,7 +185,7 @@ class LabelReader:
         if not candidates or math.isnan(first.loss):
             return
         reading = choosing.by_its_loss(self._model, candidates, observed)
-        if reading is None:
+        if reading is None and observer is not None:
             observed += self._after_prompts(observer.observe(_FURTHER_TURNS))
             reading = choosing.by_its_loss(self._model, candidates, observed)
         if reading is None:

@@ -55,12 +55,16 @@ def close(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same, rounding and what is infinite apart."""
     if one.shape != other.shape:
         return False
+    if one.dtype == other.dtype and torch.equal(one, other):  # as where the same was computed twice
+        return True
     difference, largest, sums = 0.0, 0.0, torch.zeros(3, dtype=torch.float64)
     for a, b in slices(one, other):
         finite = b.isfinite()
         if not torch.equal(finite, a.isfinite()):
             return False
-        a, b = a[finite].double(), b[finite].double()
+        if not finite.all():
+            a, b = a[finite], b[finite]
+        a, b = a.double(), b.double()
         if b.numel():
             difference = max(difference, float((a - b).abs().max()))
             largest = max(largest, float(b.abs().max()))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.fisher.uses.graph import leaves
+from hf_ewc.fisher.uses.product import Product
 from hf_ewc.fisher.uses.square_sum import Geometry, SquareSum, Use, repeats
 from hf_ewc.fisher.uses.squaring import gradients_of, square, square_derived
 
@@ -26,13 +27,9 @@ class Ledger:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._by_tensor = {id(p): SquareSum(name, p) for name, p in parameters.items()}
         self.num_examples = 0
-        self._watched: tuple[int, Callable[[str, Tensor | tuple[Tensor, Tensor]], None]] | None = (
-            None
-        )
+        self._watched: tuple[int, Callable[[str, Tensor | Product], None]] | None = None
 
-    def watch(
-        self, example: int, see: Callable[[str, Tensor | tuple[Tensor, Tensor]], None]
-    ) -> None:
+    def watch(self, example: int, see: Callable[[str, Tensor | Product], None]) -> None:
         """Show the gradients of one example of the next batch, by parameter, as they come."""
         self._watched = example, see
 
@@ -101,7 +98,7 @@ class Ledger:
             self._show(group)
             if any(member.derived for member in group):
                 square_derived(group, self.num_examples)
-            else:
+            elif any(use.gradient is not None for use, _ in one.direct):
                 square(one, self.num_examples)
 
     def _uses(self, one: SquareSum) -> list[Use]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.uses import squares
-from hf_ewc.fisher.uses.gradients import Dense, Linear, PerExampleGradient
+from hf_ewc.fisher.uses.gradients import Dense, Linear, Lookup, PerExampleGradient
+from hf_ewc.fisher.uses.product import Product
 from hf_ewc.fisher.uses.square_sum import Geometry, SquareSum, Use
 
 # Per-example gradients of a derived tensor are pulled back in one batched call up to this size.
@@ -30,21 +31,19 @@ class _Placed(PerExampleGradient):
         self.gradient.add_to(placed, example)
 
 
-def gradients_of(
-    group: list[SquareSum], example: int
-) -> list[tuple[str, Tensor | tuple[Tensor, Tensor]]]:
+def gradients_of(group: list[SquareSum], example: int) -> list[tuple[str, Tensor | Product]]:
     """G_example of each parameter of a group, of what was delivered; none if nothing was.
 
-    As (g, x) with G = gᵀ x where that is how it was delivered.
+    As products, several for a parameter that has several uses, where it was delivered so.
     """
-    if len(group) == 1 and (product := _product_of(group[0], example)) is not None:
-        return [(group[0].name, product)]
+    if len(group) == 1 and (products := _products_of(group[0], example)) is not None:
+        return [(group[0].name, product) for product in products]
     uses = _delivered_once(use for one in group for use in one.derived)
     if not uses and not any(use.gradient for one in group for use, _ in one.direct):
         return []
     cotangents = [_written_out(use, example) for use in uses]
     pulled_back = _pull_back(group, uses, cotangents, batched=False)
-    found: list[tuple[str, Tensor | tuple[Tensor, Tensor]]] = []
+    found: list[tuple[str, Tensor | Product]] = []
     for one, gradient in zip(group, pulled_back, strict=True):
         summed = one.zeros()
         if gradient is not None:
@@ -54,19 +53,29 @@ def gradients_of(
     return found
 
 
-def _product_of(one: SquareSum, example: int) -> tuple[Tensor, Tensor] | None:
-    """The factors of a matrix that was used once, as it is or transposed, in a linear map."""
+def _products_of(one: SquareSum, example: int) -> list[Product] | None:
+    """What the uses of a matrix, as it is or transposed, add up to; None if not of products."""
     delivered = [(use.gradient, place) for use, place in one.direct if use.gradient is not None]
-    if one.derived or len(delivered) != 1:
+    if one.derived or not delivered or one.parameter.dim() != 2:
         return None
-    gradient, (size, stride, offset) = delivered[0]
-    if not isinstance(gradient, Linear) or offset or one.parameter.dim() != 2:
-        return None
-    g, x = gradient.gradients[example], gradient.inputs[example]
-    if (size, stride) == (tuple(one.parameter.shape), one.parameter.stride()):
-        return g, x
-    transposed = one.parameter.t()
-    return (x, g) if (size, stride) == (tuple(transposed.shape), transposed.stride()) else None
+    found = [_product_of(gradient, place, one.parameter, example) for gradient, place in delivered]
+    known = [product for product in found if product is not None]
+    return known if len(known) == len(found) else None
+
+
+def _product_of(
+    gradient: PerExampleGradient, place: Geometry, parameter: Tensor, example: int
+) -> Product | None:
+    height, width = parameter.shape
+    if place == ((height, width), parameter.stride(), 0):
+        if isinstance(gradient, Lookup):
+            own = gradient.owners == example
+            return Product(gradient.indices[own], gradient.gradients[own], height)
+        if isinstance(gradient, Linear):
+            return Product(gradient.gradients[example], gradient.inputs[example], height)
+    if place == ((width, height), parameter.stride()[::-1], 0) and isinstance(gradient, Linear):
+        return Product(gradient.inputs[example], gradient.gradients[example], height)
+    return None
 
 
 def square(one: SquareSum, num_examples: int) -> None:
