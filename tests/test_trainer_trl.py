@@ -171,11 +171,12 @@ RAW: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def sft(raw: list[dict[str, Any]], folder: Path, **options: Any) -> Any:
+def sft(raw: list[dict[str, Any]], folder: Path, streams: bool = False, **options: Any) -> Any:
+    data = Dataset.from_list(raw)
     return EWCSFTTrainer(
         model=small_llama(),
         args=SFTConfig(output_dir=str(folder), max_length=32, **SETTINGS, **options),
-        train_dataset=Dataset.from_list(raw),
+        train_dataset=data.to_iterable_dataset() if streams else data,
         processing_class=chatting(),
         ewc_config=EWCConfig(ewc_lambda=LAMBDA, fisher_type="empirical"),
     )

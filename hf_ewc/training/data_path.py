@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from hf_ewc.fisher.labels import LABEL_NAMES
 from hf_ewc.fisher.untouched import preserved_random_states
-from hf_ewc.training.packed_rows import taken_apart
+from hf_ewc.training.packed_rows import taken_apart, warn_of_wrapped
 
 Collator = Callable[[list[Any]], Any]
 
@@ -38,13 +38,15 @@ def examples_of(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
             f"consolidate() got {dataset!r:.60} as data; needed is a data set of examples. The "
             "task's name goes by keyword: consolidate(name=...)."
         )
+    warn_of_wrapped(trainer, dataset)
     dataset = _prepared(trainer, dataset)
     if _loads_itself(trainer) and hasattr(dataset, "__len__"):
         return _as_loaded(trainer, dataset)
     if isinstance(dataset, datasets.Dataset):
         used = trainer._remove_unused_columns(dataset, "Fisher")
         return taken_apart(used), trainer.data_collator
-    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, "Fisher")
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator, "Fisher")
+    return taken_apart(dataset), collator
 
 
 def _prepared(trainer: Any, dataset: Any) -> Any:
@@ -138,7 +140,7 @@ def _seen_in_forward(
 
     None where that cannot be seen: the loss hands on other tensors than the batch's, or fails.
     """
-    if not hasattr(data, "__getitem__") or len(data) == 0:
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
         return None
     calls: list[dict[str, Any]] = []
 

@@ -21,6 +21,7 @@ from hf_ewc.parameters.names import parameters_by_name
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.parameters.weight_gradients import gradients_of_weights
 from hf_ewc.training.data_path import as_handed_over, examples_of
+from hf_ewc.training.packed_rows import joins_examples
 from hf_ewc.training.preferences import Likelihood, preferences_of
 
 logger = logging.getLogger("hf_ewc")
@@ -54,6 +55,8 @@ def fisher_of(
         collator = as_handed_over(trainer, model, data, collator, own_loss)
     batch_size = config.fisher_batch_size or trainer.args.per_device_train_batch_size
     if isinstance(data, (IterableDataset, datasets.IterableDataset)):
+        if joins_examples(trainer):  # a joined batch does not say where an example ends
+            batch_size = 1
         data = DataLoader(data, batch_size=batch_size, collate_fn=collator)
     patterns = config.ewc_target_modules, config.ewc_exclude_modules
     names = select_parameters(model, *patterns, space=config.ewc_space)
