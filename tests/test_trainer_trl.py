@@ -193,6 +193,21 @@ def test_raw_data_are_prepared_as_the_trainer_prepares_its_own(
     assert relative_error(dict(found.importance), dict(expected.importance)) < 1e-5
 
 
+def test_texts_in_a_list_are_prepared(tmp_path: Path) -> None:
+    expected = sft(RAW["text"], tmp_path).consolidate()
+    given = [one["text"] for one in RAW["text"]]
+    found = sft(RAW["text"][:2], tmp_path).consolidate(given)
+    assert found.tasks[0].num_examples == 6
+    assert relative_error(dict(found.importance), dict(expected.importance)) < 1e-5
+
+
+@pytest.mark.parametrize("given", [Dataset.from_list, list], ids=["Dataset", "list"])
+def test_columns_that_the_trainer_does_not_know_are_named(given: Any, tmp_path: Path) -> None:
+    body = [{"body": one["text"]} for one in RAW["text"]]
+    with pytest.raises(ValueError, match=r"columns \['body'\].*'text' \(dataset_text_field\)"):
+        sft(RAW["text"], tmp_path).consolidate(given(body))
+
+
 def test_raw_texts_are_an_example_each_where_the_trainer_packs(tmp_path: Path) -> None:
     options = {"packing": True, "packing_strategy": "wrapped", "eval_packing": False}
     found = sft(RAW["text"], tmp_path, **options).consolidate(Dataset.from_list(RAW["text"]))

@@ -57,10 +57,7 @@ def _prepared(trainer: Any, dataset: Any) -> Any:
     prepare: Any = getattr(trainer, "_prepare_dataset", None)
     if not callable(prepare) or getattr(trainer, "_skip_prepare_dataset", False):
         return dataset
-    if isinstance(dataset, (list, tuple)) and dataset and isinstance(dataset[0], Mapping):
-        is_raw = not any(isinstance(value, Tensor) for value in dataset[0].values())
-        is_raw = is_raw and "input_ids" not in dataset[0]
-        dataset = datasets.Dataset.from_list(list(dataset)) if is_raw else dataset
+    dataset = _as_table(trainer, dataset)
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return dataset
     known = {
@@ -74,7 +71,31 @@ def _prepared(trainer: Any, dataset: Any) -> Any:
     names = inspect.signature(prepare).parameters
     if dataset is trainer.train_dataset or not names.keys() <= known.keys():
         return dataset
-    return prepare(**{name: known[name] for name in names})
+    try:
+        return prepare(**{name: known[name] for name in names})
+    except (KeyError, TypeError) as error:
+        field = getattr(trainer.args, "dataset_text_field", None)
+        texts = f" such as {field!r} (dataset_text_field)" if field else ""
+        raise ValueError(
+            f"{type(trainer).__name__} cannot prepare the data of consolidate(), with the columns "
+            f"{dataset.column_names}: {type(error).__name__}: {error!s:.200} Needed are the "
+            f"columns of its raw training data{texts}, or data that are tokenized already."
+        ) from error
+
+
+def _as_table(trainer: Any, dataset: Any) -> Any:
+    """Raw texts, or raw examples, that come as a list, as a data set; else what was given."""
+    if not isinstance(dataset, (list, tuple)) or not dataset:
+        return dataset
+    if all(isinstance(one, str) for one in dataset):
+        field = getattr(trainer.args, "dataset_text_field", "text")
+        return datasets.Dataset.from_dict({field: list(dataset)})
+    first = dataset[0]
+    if not isinstance(first, Mapping) or "input_ids" in first:
+        return dataset
+    if any(isinstance(value, Tensor) for value in first.values()):
+        return dataset
+    return datasets.Dataset.from_list(list(dataset))
 
 
 def _loads_itself(trainer: Trainer) -> bool:
