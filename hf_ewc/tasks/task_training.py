@@ -23,6 +23,7 @@ from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
 from hf_ewc.tasks.training_data import TrainingData
 from hf_ewc.tasks.ways import additions, adds_to_steps, average, trained
+from hf_ewc.training.prepared import let_it_be_wrapped
 
 
 class TaskTraining:
@@ -104,6 +105,7 @@ class TaskTraining:
                 if isinstance(trainer, SequenceMixin):
                     trainer.additions = additions(plan, index, model, self._space, views)
                 mean = average(plan, index, model, self._protection)
+                let_it_be_wrapped(trainer)
                 trainer.train(resume_from_checkpoint=checkpoint)
         trainer.data_collator = collator
         return mean

@@ -19,6 +19,7 @@ from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.training.held_out import has_rows, held_out_rows, other_rows, rows_of
 from hf_ewc.training.lambda_curve import FACTOR, LOWEST, START, LambdaCurve, Trial
+from hf_ewc.training.prepared import let_it_be_wrapped
 from hf_ewc.training.short_training import for_a_share
 from hf_ewc.training.trainer import EWCMixin
 
@@ -163,6 +164,7 @@ class _Trials:
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.model_wrapped = trainer.model
         trainer.accelerator.free_memory()
+        let_it_be_wrapped(trainer)
 
 
 @contextmanager
