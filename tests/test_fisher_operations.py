@@ -64,6 +64,16 @@ class WrittenInPlace(Model):
         return hidden + looked_up
 
 
+class MakesALayer(Model):
+    """Changes a layer for another with the same weights, as BigBird does for short texts."""
+
+    def encode(self, ids):
+        other = nn.Linear(4, 4)
+        other.weight, other.bias = self.inner.weight, self.inner.bias
+        self.inner = other
+        return self.inner(self.embedding(ids))
+
+
 class SelectedColumns(Model):
     """Rows of another axis than the first, chosen by indices."""
 
@@ -164,8 +174,8 @@ class OffGraph(Model):
 @pytest.mark.parametrize(
     "kind",
     [
-        WrittenInPlace, SelectedColumns, Repeated, Routed, RoutedToNone, Masked, Blocks, Indexed,
-        Einsum, LearntQueries, OffGraph,
+        WrittenInPlace, MakesALayer, SelectedColumns, Repeated, Routed, RoutedToNone, Masked,
+        Blocks, Indexed, Einsum, LearntQueries, OffGraph,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("lengths", [(2, 2, 3, 1), (4, 2, 3, 1, 2), (1, 3)])

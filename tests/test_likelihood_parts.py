@@ -69,7 +69,7 @@ class WritesWithLabels(Whole):
 
     def forward(self, x, labels=None):
         hidden = self.body(x)
-        logits = self.head(torch.sigmoid(hidden))
+        logits = self.head(hidden)
         if labels is not None:
             hidden *= 0
         loss = None if labels is None else F.cross_entropy(logits, labels)

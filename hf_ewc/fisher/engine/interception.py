@@ -138,8 +138,10 @@ class Recomputation:
 
 
 def _is_cast(call: Call, result: Tensor) -> bool:
+    if call.name not in _CASTS or not call.args:
+        return False
     source = call.args[0]
-    return call.name in _CASTS and result is not source and result.shape == source.shape
+    return result is not source and result.shape == source.shape
 
 
 def _remember_lookup(tracker: Tracker, result: Tensor, call: Call) -> None:
