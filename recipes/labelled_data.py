@@ -2,48 +2,22 @@
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from data_sources import Source, SourceArguments
 from datasets import ClassLabel, Dataset, Value
 
-from hf_ewc.cli.arguments import check_known
 from hf_ewc.cli.sources import check_columns, from_file, from_hub
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-# An entry of `tasks` that says where its data is says all of it.
-SOURCES = {
-    *("train_file", "eval_file", "train_folder", "eval_folder"),
-    *("dataset_name", "dataset_config_name"),
-}
 
 
 @dataclass
-class DataArguments:
-    """Where examples are, for each task that does not say it itself, and how labels are counted."""
+class DataArguments(SourceArguments):
+    """How labels are counted, too."""
 
-    tasks: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "The tasks in their order (in the YAML): for each a name and, as far as it "
-            "differs from what stands outside, the data."
-        },
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "File of the training examples."}
-    )
-    eval_file: str | None = field(
-        default=None, metadata={"help": "File of the evaluation examples."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set of the Hub, in place of files."}
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Which configuration of it."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     label: str = field(default="label", metadata={"help": "Column of the labels."})
     classes_per_task: int | None = field(
         default=None,
@@ -58,43 +32,19 @@ class DataArguments:
             )
         },
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "At most so many training examples a task."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "At most so many evaluation examples a task."}
-    )
 
 
 @dataclass
-class LabelledTask:
-    """One entry of the `tasks` of a YAML file: files of its own, or a data set of the Hub."""
+class LabelledTask(Source):
+    """One entry of the `tasks` of a YAML file."""
 
-    name: str
-    train_file: str | None = None
-    eval_file: str | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    train_split: str = "train"
-    eval_split: str = "test"
     label: str = "label"  # the column
     labels: list[str] | None = None  # take only examples with these; by default all
 
     @classmethod
     def from_entry(cls, entry: Any, number: int, given: DataArguments | None = None) -> Any:
         """The task of an entry, with what is `given` for all in place of what it leaves out."""
-        if not isinstance(entry, dict):
-            raise ValueError(f"task {number} is {entry!r:.60}; needed are lines of `key: value`.")
-        known = {each.name for each in fields(cls)}
-        check_known(entry, known, f"task {number}")
-        if not isinstance(entry.get("name"), str):
-            raise ValueError(
-                f"task {number} has no name; give each a `name:` of its own (a number in quotes)."
-            )
-        common = {} if given is None else {k: v for k, v in vars(given).items() if k in known}
-        if SOURCES & entry.keys():
-            common = {key: value for key, value in common.items() if key not in SOURCES}
-        task = cls(**{**common, **entry})
+        task = cls.of_entry(entry, f"task {number}", given)
         task.check()
         return task
 
@@ -117,12 +67,11 @@ class LabelledTask:
 
     def read(self, part: str) -> tuple[str, Dataset]:
         """The name and the examples of the part "train" or "eval"."""
-        split = getattr(self, f"{part}_split")
+        file, split = self.of_part(part)
         if self.dataset_name:
             where = f"{self.dataset_name} ({split})"
             return where, from_hub(self.dataset_name, self.dataset_config_name, split)
-        file = getattr(self, f"{part}_file")
-        return file, from_file(file, TABLES)
+        return str(file), from_file(str(file), TABLES)
 
 
 @dataclass

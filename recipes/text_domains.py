@@ -1,27 +1,19 @@
 """Domains for a language model: texts or chats from files or the Hub, cut into examples."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
+from data_sources import Source, SourceArguments
 from datasets import Dataset
-from labelled_data import SOURCES
 
-from hf_ewc.cli.arguments import check_known
 from hf_ewc.cli.sources import check_columns, from_file, from_hub
 
 
 @dataclass
-class DomainArguments:
-    """Where the texts are, for each domain that does not say it itself, and how they are cut."""
+class DomainArguments(SourceArguments):
+    """The domains, and how their texts are cut."""
 
-    tasks: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "The domains in their order (in the YAML): for each a name and, as far as it "
-            "differs from what stands outside, the texts."
-        },
-    )
     protect: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -33,16 +25,6 @@ class DomainArguments:
         default=None,
         metadata={"help": "A list like `tasks` of texts that are scored, and never trained on."},
     )
-    train_file: str | None = field(default=None, metadata={"help": "File of the training texts."})
-    eval_file: str | None = field(default=None, metadata={"help": "File of the evaluation texts."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set of the Hub, in place of files."}
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Which configuration of it."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     text: str = field(
         default="text",
         metadata={"help": "Column of the texts, or of chats: lists of messages (role, content)."},
@@ -54,25 +36,12 @@ class DomainArguments:
             "each, and cut into blocks of this; a chat is an example of its own, cut off there."
         },
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "At most so many training examples a domain."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "At most so many evaluation examples a domain."}
-    )
 
 
 @dataclass
-class Domain:
-    """One entry of `tasks`, `protect` or `evaluate_also`: files, or a data set of the Hub."""
+class Domain(Source):
+    """One entry of `tasks`, `protect` or `evaluate_also`."""
 
-    name: str
-    train_file: str | None = None
-    eval_file: str | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    train_split: str = "train"
-    eval_split: str = "test"
     text: str = "text"  # the column
 
     @classmethod
@@ -84,16 +53,7 @@ class Domain:
         Args:
             needed: the parts that it must have, of "train" and "eval".
         """
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} is {entry!r:.60}; needed are lines of `key: value`.")
-        known = {each.name for each in fields(cls)}
-        check_known(entry, known, where)
-        if not isinstance(entry.get("name"), str):
-            raise ValueError(f"{where} has no name; give it a `name:` of its own.")
-        common = {key: value for key, value in vars(given).items() if key in known}
-        if SOURCES & entry.keys():
-            common = {key: value for key, value in common.items() if key not in SOURCES}
-        domain = cls(**{**common, **entry})
+        domain: Domain = cls.of_entry(entry, where, given)
         files = [f"{part}_file" for part in needed]
         if bool(domain.dataset_name) == all(getattr(domain, name) for name in files):
             raise ValueError(f"{where} needs either {' and '.join(files)}, or dataset_name.")
@@ -101,14 +61,14 @@ class Domain:
 
     def read(self, part: str) -> tuple[str, list[Any]]:
         """The name and the texts or chats of the part "train" or "eval"."""
-        split, file = getattr(self, f"{part}_split"), getattr(self, f"{part}_file")
+        file, split = self.of_part(part)
         if self.dataset_name:
             where = f"{self.dataset_name} ({split})"
             data = from_hub(self.dataset_name, self.dataset_config_name, split)
         elif str(file).lower().endswith(".txt"):
-            return file, from_file(file, sample_by="document")["text"][:]
+            return str(file), from_file(str(file), sample_by="document")["text"][:]
         else:
-            where, data = file, from_file(file)
+            where, data = str(file), from_file(str(file))
         check_columns(data, [self.text], where)
         return where, data[self.text]
 

@@ -109,3 +109,45 @@ def test_permuted_images_are_the_same_in_another_order(imported, data):
     assert not first.equal(other)
     assert first.sort().values.equal(other.sort().values)
     assert len(task.eval_dataset) == 8
+
+
+def test_settings_are_chosen_without_the_test_data(imported, monkeypatch, tmp_path):
+    sequences, options = imported("sequences"), imported("options")
+    found = options.parsed("some", ["--validation", "--seeds", "2", "--output_dir", str(tmp_path)])
+    assert [*found.repetitions] == [100, 101]
+    assert found.output_dir == f"{tmp_path}/validation"
+    task = imported("hf_ewc").Task("one", list(range(20)), ["test"])
+    sequence = sequences.TaskSequence("some", [task], None, {}, ())
+    asked = []
+    monkeypatch.setattr(sequences, "compare_methods", lambda *given, **more: asked.append(given))
+    sequence.compared({}, tmp_path, found)
+    sequence.compared({}, tmp_path, options.TableOptions())
+    chosen, shown = (tasks[0] for _, tasks, *_ in asked)
+    assert len(chosen.eval_dataset) == 4
+    assert sorted([*chosen.train_dataset, *chosen.eval_dataset]) == list(range(20))
+    assert shown is task
+
+
+def test_curves_show_means_and_levels(imported):
+    curves = imported("curves")
+    panel = curves.Panel(
+        "digits", "λ", {"λ fixed": {10.0: [0.5, 0.7], 100.0: [0.8, 0.8]}}, {"plain": [0.2, 0.4]}
+    )
+    (axis,) = curves.figure_of([panel]).axes
+    fixed, plain = axis.containers[0].lines[0], axis.lines[-1]
+    assert fixed.get_xdata().tolist() == [10.0, 100.0]
+    assert fixed.get_ydata().tolist() == pytest.approx([0.6, 0.8])
+    (bars,) = axis.containers[0].lines[2]
+    assert [np.ptp(ends[:, 1]) / 2 for ends in bars.get_segments()] == pytest.approx([0.1, 0.0])
+    assert list(plain.get_ydata()) == pytest.approx([0.3, 0.3])
+    assert axis.get_xscale() == "log"
+
+
+def test_a_curve_over_lambda_has_the_fixed_ones_in_order(imported, monkeypatch):
+    curves = imported("curves")
+    scores = {"plain": [0.1], "1e4": [0.3], "3e2": [0.2], "auto": [0.4], "falling": [0.5]}
+    monkeypatch.setattr(curves, "accuracies", lambda runs: runs)
+    panel = curves.over_lambda("digits", scores)
+    assert panel.lines == {"λ fixed": {300.0: [0.2], 10000.0: [0.3]}}
+    assert [*panel.lines["λ fixed"]] == [300.0, 10000.0]
+    assert panel.levels == {"plain": [0.1], "auto": [0.4]}

@@ -48,7 +48,8 @@ tasks:
     return folder
 
 
-METHODS = "{plain: {}, EWC: {ewc_lambda: 1e2, fisher_samples: 4}, replay: {replay_share: 0.25}}"
+METHODS = """{plain: {}, EWC: {ewc_lambda: 1e2, fisher_samples: 4}, replay: {replay_share: 0.25},
+ found: {ewc_lambda: auto, fisher_samples: 4}}"""
 
 
 def test_methods_side_by_side_in_two_processes(folder, tmp_path):
@@ -59,10 +60,12 @@ def test_methods_side_by_side_in_two_processes(folder, tmp_path):
     assert code == 0, output[-6000:]
     runs, content = read_outcomes(tmp_path / "run" / "results.json")
     assert {name: [*repeats] for name, repeats in runs.items()} == {
-        name: [42] for name in ("plain", "EWC", "replay")
+        name: [42] for name in ("plain", "EWC", "replay", "found")
     }
     assert all(outcome.matrix.num_learnt == 2 for r in runs.values() for outcome in r.values())
-    assert content["differences"].keys() == {"EWC", "replay"}
+    assert content["differences"].keys() == {"EWC", "replay", "found"}
+    assert [len(outcomes[42].searches) for outcomes in runs.values()] == [0, 0, 0, 1]
+    assert (tmp_path / "run" / "lambda_search.png").exists()
     assert output.count("Written to") == 1
     assert (tmp_path / "run" / "stability_plasticity.png").exists()
 

@@ -11,22 +11,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from choosing_lambda import AUTO, accuracies, in_order, methods_of, row
 from options import TableOptions, parsed
-from sequences import SEQUENCES
-from torch.utils.data import Subset, random_split
+from sequences import SEQUENCES, parted
+from torch.utils.data import Subset
 
 from hf_ewc import Task
 from hf_ewc.report.tables import table
 
-SHARE = 0.2
-
 
 def with_fisher_data(task: Task, unseen: bool) -> Task:
     """The task on four fifths of its data, with the Fisher on a fifth: of these, or of the rest."""
-    generator = torch.Generator().manual_seed(0)
-    rest, held_out = random_split(task.train_dataset, [1 - SHARE, SHARE], generator)
+    rest, held_out = parted(task.train_dataset)
     seen = Subset(task.train_dataset, rest.indices[: len(held_out)])
     return replace(task, train_dataset=rest, fisher_dataset=held_out if unseen else seen)
 

@@ -9,7 +9,7 @@ training; steps and learning rate were chosen on other texts (`--validation`), w
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,9 +38,6 @@ class LanguageModelOptions(TableOptions):
         metadata={"help": "Name or folder of the language model."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW."})
-    validation: bool = field(
-        default=False, metadata={"help": "Score on the texts that settings were chosen on."}
-    )
 
 
 def methods() -> dict[str, Any]:
@@ -151,6 +148,7 @@ def main() -> None:
     every = methods()
     chosen = {name: every[name] for name in options.among(every)}
     sequence = sequence_of(options)
+    options = replace(options, validation=False)  # the tasks have texts of their own for it
     print(shown(sequence.compared(chosen, Path(str(options.output_dir)), options)))
 
 

@@ -29,6 +29,13 @@ class TableOptions:
     max_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps a task, in place of the table's own."}
     )
+    validation: bool = field(
+        default=False,
+        metadata={
+            "help": "To choose settings by: leave the test data alone, score on a fifth of each "
+            "task's training data, which is then not trained on, and count seeds from 100."
+        },
+    )
     only: list[str] | None = field(
         default=None, metadata={"help": "Only these sequences or methods, by their names."}
     )
@@ -36,6 +43,12 @@ class TableOptions:
     @property
     def folder(self) -> Path | None:
         return None if self.data is None else Path(self.data)
+
+    @property
+    def repetitions(self) -> range:
+        """The seeds; none is used both to choose settings and to show them."""
+        first = 100 if self.validation else 0
+        return range(first, first + self.seeds)
 
     def among(self, names: Any) -> list[str]:
         """Those of `names` that are asked for.
@@ -56,6 +69,8 @@ def parsed(
     parser = HfArgumentParser(kind)
     parser.set_defaults(**{"output_dir": f"runs/tables/{name}", **defaults})
     (options,) = parser.parse_args_into_dataclasses(args=arguments)
+    if options.validation:
+        options.output_dir = f"{options.output_dir}/validation"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # models this small are fastest so

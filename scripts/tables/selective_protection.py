@@ -7,13 +7,13 @@ beside these without EWC, with it, and with it in the space of the weights. The 
 size of the saved state.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clinc150 import ONLY_THE_LAST
 from options import TableOptions, parsed
-from peft import LoraConfig, get_peft_model
 from sequences import TaskSequence, clinc150
+from ways import ONLY_THE_LAST, with_lora
 
 from hf_ewc.report.statistics import summarize
 from hf_ewc.report.tables import table
@@ -25,12 +25,7 @@ MEASURES = ("average_accuracy", "forgetting", "learning_accuracy")
 
 
 def methods_of(sequence: TaskSequence) -> dict[str, Any]:
-    def lora() -> Any:
-        adapter = LoraConfig(
-            r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]
-        )
-        return get_peft_model(sequence.make_model(), adapter)
-
+    lora = partial(with_lora, sequence.make_model)
     adapter = {"make_model": lora, "sequence_config": ONLY_THE_LAST, "learning_rate": 5e-3}
     return {
         "plain": {"sequence_config": ONLY_THE_LAST},

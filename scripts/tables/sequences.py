@@ -6,7 +6,7 @@ model: what is right on one is often wrong on another. All learn with the untouc
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mlp import mlp
 from options import TableOptions, training_arguments
 from sources import Images, images, shakespeare, texts
 from torch import nn
+from torch.utils.data import Subset, random_split
 from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
@@ -57,14 +58,26 @@ class TaskSequence:
         self, methods: Mapping[str, Any], folder: Path, options: TableOptions, **others: Any
     ) -> Comparison:
         """The tasks learnt by each of these methods; `others` go to `compare_methods`."""
+        tasks = [validated(task) for task in self.tasks] if options.validation else self.tasks
         return compare_methods(
             self.make_model,
-            self.tasks,
+            tasks,
             training_arguments(folder, options, **self.training),
             methods,
-            seeds=range(options.seeds),
+            seeds=options.repetitions,
             **{"title": self.title, "sequence_config": self.sequence, **self.options, **others},
         )
+
+
+def parted(data: Any, share: float = 0.2) -> list[Subset[Any]]:
+    """The data without a share of it, drawn by a fixed seed, and that share."""
+    return random_split(data, [1 - share, share], torch.Generator().manual_seed(0))
+
+
+def validated(task: Task) -> Task:
+    """The task scored on a fifth of its training data, which it does not learn."""
+    learnt, held_out = parted(task.train_dataset)
+    return replace(task, train_dataset=learnt, eval_dataset=held_out)
 
 
 def digits(options: TableOptions) -> TaskSequence:

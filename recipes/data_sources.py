@@ -1,0 +1,82 @@
+"""Where the data of a task is: what all recipes ask of an entry of their `tasks:`."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hf_ewc.cli.arguments import check_known
+
+# An entry that says where its data is says all of it.
+SOURCES = {
+    *("train_file", "eval_file", "train_folder", "eval_folder"),
+    *("dataset_name", "dataset_config_name"),
+}
+
+
+@dataclass
+class SourceArguments:
+    """The tasks, and where the data is for each that does not say it itself."""
+
+    tasks: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The tasks in their order (in the YAML): for each a name and, as far as it "
+            "differs from what stands outside, the data."
+        },
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "File of the training examples."}
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "File of the evaluation examples."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set of the Hub, in place of files."}
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Which configuration of it."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "At most so many training examples a task."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "At most so many evaluation examples a task."}
+    )
+
+
+@dataclass
+class Source:
+    """One entry of a YAML file: files of its own, or a data set of the Hub."""
+
+    name: str
+    train_file: str | None = None
+    eval_file: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+
+    @classmethod
+    def of_entry(cls, entry: Any, where: str, given: SourceArguments | None) -> Any:
+        """An entry, with what is `given` for all in place of what it leaves out.
+
+        Raises:
+            ValueError: it has no name, or something that there is not; `where` it stands.
+        """
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} is {entry!r:.60}; needed are lines of `key: value`.")
+        known = {each.name for each in fields(cls)}
+        check_known(entry, known, where)
+        if not isinstance(entry.get("name"), str):
+            raise ValueError(
+                f"{where} has no name; give each a `name:` of its own (a number in quotes)."
+            )
+        common = {} if given is None else {k: v for k, v in vars(given).items() if k in known}
+        if SOURCES & entry.keys():
+            common = {key: value for key, value in common.items() if key not in SOURCES}
+        return cls(**{**common, **entry})
+
+    def of_part(self, part: str) -> tuple[str | None, str]:
+        """The file and the split of the part "train" or "eval"."""
+        return getattr(self, f"{part}_file"), getattr(self, f"{part}_split")
