@@ -19,6 +19,7 @@ from hf_ewc.config.checked import (
 from hf_ewc.parameters.selection import layer_lambdas
 
 MODES = ("online", "separate")
+ANCHORS = ("copy", "reference")
 SPACES = ("adapter", "weight")
 STATE_DTYPES = ("float32", "bfloat16", "float16", "float8")
 LARGEST = 3.4e38
@@ -136,6 +137,15 @@ class EWCConfig:
             "Below 1 where the state is too large for disk or memory."
         ),
     )
+    ewc_anchor: str = field(
+        default="copy",
+        metadata=hint(
+            "What a saved state has of θ*: a 'copy', or, where the model saved in the same folder "
+            "is it bit for bit, a 'reference' to that, which spares the disk as much as the model "
+            "takes. Such a state can be read only with the model's files beside it, unchanged.",
+            choices=ANCHORS,
+        ),
+    )
     ewc_offload: bool = field(
         default=False,
         metadata=hint(
@@ -220,6 +230,7 @@ class EWCConfig:
             )
         choice("ewc_mode", self.ewc_mode, MODES)
         choice("ewc_space", self.ewc_space, SPACES)
+        choice("ewc_anchor", self.ewc_anchor, ANCHORS)
         choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
         choice("fisher_type", self.fisher_type, FISHER_CHOICES)
         choice("fisher_data", self.fisher_data, FISHER_DATA)

@@ -8,8 +8,8 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_ewc.state.records import TaskRecord, is_number
@@ -33,6 +33,21 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class AnchorFile:
+    """A file of a model's weights that holds anchors.
+
+    Args:
+        sha256: of the file.
+        nbytes: its size.
+        tensors: what each parameter's anchor is called in it.
+    """
+
+    sha256: str
+    nbytes: int
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Document:
     """What `ewc_state.json` says.
 
@@ -43,6 +58,7 @@ class Document:
         parameters: by name.
         tasks: what was consolidated, in order.
         metadata: further facts.
+        anchors: files of weights that hold anchors, by their paths from the folder of the state.
     """
 
     file: str
@@ -51,6 +67,7 @@ class Document:
     parameters: dict[str, Entry]
     tasks: tuple[TaskRecord, ...]
     metadata: Mapping[str, Any]
+    anchors: Mapping[str, AnchorFile] = field(default_factory=dict)
 
     def encoded(self) -> bytes:
         """The text of the file.
@@ -65,6 +82,7 @@ class Document:
                 "parameters": {name: asdict(entry) for name, entry in self.parameters.items()},
                 "tasks": [asdict(task) for task in self.tasks],
                 "metadata": dict(self.metadata),
+                **self._anchors(),
             }
         )
         if len(content) > LARGEST_DOCUMENT:
@@ -73,6 +91,14 @@ class Document:
                 "are allowed; keep what is large out of the metadata."
             )
         return content
+
+    def _anchors(self) -> dict[str, Any]:
+        """Nothing for a state that holds its own."""
+        entries = {
+            path: {"sha256": file.sha256, "bytes": file.nbytes, "tensors": dict(file.tensors)}
+            for path, file in self.anchors.items()
+        }
+        return {"anchors": entries} if entries else {}
 
 
 def encoded(document: Mapping[str, Any]) -> bytes:
@@ -145,13 +171,14 @@ def parsed(content: bytes, path: Path) -> Document:
 
 
 def _document(found: dict[str, Any]) -> Document:
-    _keys("the state", found, "format_version", "tensors", "parameters", "tasks", "metadata")
+    optional = ("anchors",) if isinstance(found, dict) and "anchors" in found else ()
+    wanted = ("format_version", "tensors", "parameters", "tasks", "metadata", *optional)
+    _keys("the state", found, *wanted)
     tensors, parameters, tasks = found["tensors"], found["parameters"], found["tasks"]
     _keys("tensors", tensors, "file", "sha256", "bytes", checksum=False)
     if not (isinstance(tensors["file"], str) and TENSOR_FILE.fullmatch(tensors["file"])):
         raise ValueError(f"it names the tensor file {tensors['file']!r:.80}.")
-    if not re.fullmatch("[0-9a-f]{64}", str(tensors["sha256"])) or not _is_count(tensors["bytes"]):
-        raise ValueError("the hash or the size of the tensor file is none.")
+    _check_hash_and_size("the tensor file", tensors)
     if not isinstance(parameters, dict) or not isinstance(found["metadata"], dict):
         raise ValueError("parameters or metadata are no object.")
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
@@ -163,7 +190,33 @@ def _document(found: dict[str, Any]) -> Document:
         {name: _entry(name, entry) for name, entry in parameters.items()},
         tuple(TaskRecord(**task) for task in tasks),
         found["metadata"],
+        _anchor_files(found.get("anchors", {}), parameters),
     )
+
+
+def _anchor_files(found: Any, parameters: Mapping[str, Any]) -> dict[str, AnchorFile]:
+    if not isinstance(found, dict):
+        raise ValueError("anchors are no object.")
+    files: dict[str, AnchorFile] = {}
+    seen: set[str] = set()
+    for path, entry in found.items():
+        _keys(f"the entry of {path!r:.80}", entry, "sha256", "bytes", "tensors", checksum=False)
+        if not path.endswith(".safetensors") or PurePosixPath(path).is_absolute() or "\\" in path:
+            raise ValueError(f"it names {path!r:.80} as a file of weights.")
+        _check_hash_and_size(path, entry)
+        keys = entry["tensors"]
+        if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
+            raise ValueError(f"the anchors in {path!r:.80} are no names.")
+        if not keys.keys() <= parameters.keys() or seen & keys.keys():
+            raise ValueError(f"the anchors in {path!r:.80} are not one of each parameter.")
+        seen |= keys.keys()
+        files[path] = AnchorFile(entry["sha256"], entry["bytes"], keys)
+    return files
+
+
+def _check_hash_and_size(what: str, found: Mapping[str, Any]) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", str(found["sha256"])) or not _is_count(found["bytes"]):
+        raise ValueError(f"the hash or the size of {what:.80} is none.")
 
 
 def _entry(name: str, found: Any) -> Entry:

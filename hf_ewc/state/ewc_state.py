@@ -300,24 +300,27 @@ class EWCState:
         return replace(self, importance=self.importance.to(device), anchor=self.anchor.to(device))
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], is_main_process: bool | None = None
+        self,
+        folder: str | os.PathLike[str],
+        is_main_process: bool | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         """Write the state to a folder, as `ewc_state.json` and one safetensors file.
 
-        At any moment, also if the process is killed, the folder holds the whole former state or the
-        whole new one. Called by every process, it is written once.
+        At any moment, also if the process is killed, the folder holds the whole former state or
+        the new one. Called by every process, it is written once.
 
         Args:
             folder: made if it is not there.
-            is_main_process: whether this process writes; None: rank 0 does. The others take part
-                in gathering DTensors, and are not held up until the files are there.
+            is_main_process: whether this process writes; None: rank 0 does. The others help gather
+                DTensors, and are not held up until the files are there.
+            checkpoint: a folder or file of a model's weights (safetensors). An anchor that is there
+                bit for bit is not written again: the state names it, by the path from `folder`, and
+                is read only while that file is unchanged. Others are written, with a warning.
         """
-        if is_main_process is None:
-            is_main_process = is_main()
-        content = storage.Content(
-            self.importance, self.anchor, self.offsets, self.tasks, self.metadata
-        )
-        storage.save(content, Path(folder), is_main_process)
+        write = is_main() if is_main_process is None else is_main_process
+        fields = self.importance, self.anchor, self.offsets, self.tasks, self.metadata
+        storage.save(storage.Content(*fields), Path(folder), write, checkpoint)
 
     @classmethod
     def from_pretrained(
@@ -330,17 +333,15 @@ class EWCState:
     ) -> EWCState:
         """Read a state from a folder (also a Trainer's checkpoint) or from the Hugging Face Hub.
 
-        The tensors are on the CPU, mapped from the file where the platform can.
+        The tensors are on the CPU, mapped from the files where the platform can.
 
         Raises:
-            ValueError: there is no state, a file is damaged or missing, or its format is newer than
-                this version reads; the message says which.
+            ValueError: there is no state, a file (also one that it refers to) is damaged or
+                missing, or its format is newer than this version reads; the message says which.
         """
         folder = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir)
-        content = storage.load(folder)
-        return cls(
-            content.importance, content.anchor, content.offsets, content.tasks, content.metadata
-        )
+        found = storage.load(folder)
+        return cls(found.importance, found.anchor, found.offsets, found.tasks, found.metadata)
 
     def push_to_hub(
         self,

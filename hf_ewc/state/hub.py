@@ -38,13 +38,25 @@ def resolve(
 
     try:
         folder = fetch(document.STATE_FILE, revision).parent
-        # A snapshot's folder is named by its commit: both files come from the same one.
+        # A snapshot's folder is named by its commit: all files come from the same one.
+        for name in storage.referred(folder):
+            _require_inside(name, str(source))
+            fetch(name, folder.name)
         return fetch(storage.tensor_file(folder), folder.name).parent
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise ValueError(
             f"{source!r} is not a folder here, and as a repository of the Hub it gave no EWC "
             f"state: {str(error).strip() or type(error).__name__}"
         ) from error
+
+
+def _require_inside(name: str, source: str) -> None:
+    """Refuse files of another place than the repository: a `ValueError`."""
+    if ".." in name.split("/"):
+        raise ValueError(
+            f"The state in {source!r} has its anchor in {name}, outside of the repository. Read it "
+            "where it was saved, and put it up with push_to_hub, which puts up a whole one."
+        )
 
 
 def push(

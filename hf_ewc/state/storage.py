@@ -7,15 +7,19 @@
 The tensor file comes first, in a temporary folder and then moved into place, and the JSON file,
 moved into place likewise, makes the new state the current one. Tensor files that nothing refers to
 any more go last. So a process can be killed at any moment and the folder holds the whole former
-state or the whole new one. A checkpoint refers to the tensor file in the folder above it.
+state or the whole new one. A checkpoint refers to the tensor file in the folder above it; a state
+may refer to a model's weights for its anchors (`anchor_reference`).
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,9 +36,20 @@ from hf_ewc.files import (
     workplace,
 )
 from hf_ewc.parameters.sharding import whole
-from hf_ewc.state.document import STATE_FILE, TENSOR_FILE, Document, Entry, parsed, read_bytes
+from hf_ewc.state import anchor_reference
+from hf_ewc.state.document import (
+    STATE_FILE,
+    TENSOR_FILE,
+    AnchorFile,
+    Document,
+    Entry,
+    parsed,
+    read_bytes,
+)
 from hf_ewc.state.packed import PackedTensor, TensorMap
 from hf_ewc.state.records import TaskRecord
+
+logger = logging.getLogger("hf_ewc")
 
 _FURTHER_ATTEMPTS = 20
 
@@ -103,18 +118,30 @@ def _changes(packed: PackedTensor) -> int:
     return sum(tensor._version for tensor in packed.tensors.values())
 
 
-def save(content: Content, folder: Path, write: bool = True) -> None:
+def save(
+    content: Content,
+    folder: Path,
+    write: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> None:
     """Write `content` to `folder`, in place of the state that is there.
 
     Args:
         content: tensors on any device; for DTensors every process has to call this.
         folder: made if it is not there.
         write: False for the processes that only take part in gathering.
+        checkpoint: weights to refer to for the anchors that are there bit for bit.
+
+    Raises:
+        ValueError: there are no weights in `checkpoint`.
     """
     in_shards = content.importance.is_sharded
     if not write:
         if in_shards:
             _tensors(content)
+        return
+    if checkpoint is not None:
+        _save_referring(content, folder, Path(checkpoint))
         return
     first = next((packed for _, packed in content.packed()), None)
     written = None if in_shards or first is None else _WRITTEN.get(first)
@@ -122,7 +149,40 @@ def save(content: Content, folder: Path, write: bool = True) -> None:
         with alone_in(folder) as alone:
             _conclude(content, folder, written, alone)
         return
+    written = _written(content, _tensors(content), folder, {})
+    if first is not None and not in_shards:
+        _WRITTEN[first] = written
+
+
+def _save_referring(content: Content, folder: Path, checkpoint: Path) -> None:
+    """As `save`, without the anchors that are in `checkpoint` already."""
     tensors = _tensors(content)
+    anchors = {
+        name: tensors[f"anchor/{name}"]
+        for name in content.anchor
+        if content.anchor.packed(name).indices is None
+    }
+    places = anchor_reference.found_in(anchors, checkpoint)
+    if anchors.keys() - places.keys() or len(anchors) < len(content.anchor):
+        logger.warning(
+            "Of %d anchors %d are in %s bit for bit; the state has its own copy of the others.",
+            len(content.anchor),
+            len(places),
+            checkpoint,
+        )
+    for name in places:
+        del tensors[f"anchor/{name}"]
+    folder.mkdir(parents=True, exist_ok=True)  # for a link to it to be followed
+    _written(content, tensors, folder, anchor_reference.described(places, folder))
+
+
+def _written(
+    content: Content,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    anchors: Mapping[str, AnchorFile],
+) -> Written:
+    """The files of `content`, of which `tensors` are written and `anchors` lie elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder) as alone:
         with workplace(folder) as place:
@@ -131,13 +191,18 @@ def save(content: Content, folder: Path, write: bool = True) -> None:
             (place / "tensors").chmod(place.stat().st_mode & 0o666)
             written = Written.of(place / "tensors", content)
             move_into_place(place / "tensors", folder / written.name)
-        _conclude(content, folder, written, alone)
-    if first is not None and not in_shards:
-        _WRITTEN[first] = written
+        _conclude(content, folder, written, alone, anchors)
+    return written
 
 
-def _conclude(content: Content, folder: Path, written: Written, alone: bool) -> None:
-    replace_content(folder / STATE_FILE, _document(content, written).encoded())
+def _conclude(
+    content: Content,
+    folder: Path,
+    written: Written,
+    alone: bool,
+    anchors: Mapping[str, AnchorFile] = MappingProxyType({}),
+) -> None:
+    replace_content(folder / STATE_FILE, _document(content, written, anchors).encoded())
     _remove_stale(folder)
     if alone:
         remove_leftovers(folder)
@@ -211,6 +276,15 @@ def tensor_file(folder: Path | str) -> str:
     return parsed(read_bytes(Path(folder)), Path(folder) / STATE_FILE).file
 
 
+def referred(folder: Path | str) -> list[str]:
+    """The files beside the tensor file that the state in `folder` refers to, by their paths there.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    return list(parsed(read_bytes(Path(folder)), Path(folder) / STATE_FILE).anchors)
+
+
 def _tensors(content: Content) -> dict[str, Tensor]:
     tensors = {}
     for key, packed in content.packed():
@@ -227,14 +301,13 @@ def _portable(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).cpu().contiguous()
 
 
-def _document(content: Content, written: Written) -> Document:
+def _document(content: Content, written: Written, anchors: Mapping[str, AnchorFile]) -> Document:
     entries = {}
     for name in content.importance:
         packed = content.importance.packed(name)
         entries[name] = Entry(tuple(packed.shape), packed.scale, content.offsets[name])
-    return Document(
-        written.name, written.digest, written.size, entries, content.tasks, content.metadata
-    )
+    found = written.name, written.digest, written.size
+    return Document(*found, entries, content.tasks, content.metadata, anchors)
 
 
 def _content(document: Document, folder: Path) -> Content:
@@ -248,6 +321,10 @@ def _content(document: Document, folder: Path) -> Content:
         tensors = _mapped(path)
     except SafetensorError as error:
         raise ValueError(f"The state in {folder} is damaged: {error!r}.") from None
+    for name, tensor in anchor_reference.read(document.anchors, folder):
+        if f"anchor/{name}" in tensors:
+            raise ValueError(f"{path} is damaged: it has the anchor of {name!r:.80} once more.")
+        tensors[f"anchor/{name}"] = tensor
     importance, anchor = {}, {}
     try:
         for name, entry in document.parameters.items():

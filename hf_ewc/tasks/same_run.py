@@ -102,7 +102,7 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
     before = found.get("tasks") or []
     wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
-    found, wanted = _without_batch_size(found), _without_batch_size(wanted)
+    found, wanted = _decisive(found), _decisive(wanted)
     lines = [line for key in wanted for line in differences(key, found.get(key), wanted[key])]
     if lines:
         raise ValueError(
@@ -112,11 +112,15 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _without_batch_size(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the settings of EWC that change nothing of what a run comes to."""
     ewc = settings.get("ewc_config")
-    if not isinstance(ewc, Mapping) or ewc.get("fisher_type") == "batched":
+    if not isinstance(ewc, Mapping):
         return dict(settings)
-    kept = {name: value for name, value in ewc.items() if name != "fisher_batch_size"}
+    free = ["ewc_anchor"]
+    if ewc.get("fisher_type") != "batched":
+        free.append("fisher_batch_size")
+    kept = {name: value for name, value in ewc.items() if name not in free}
     return {**settings, "ewc_config": kept}
 
 

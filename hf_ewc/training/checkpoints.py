@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_ewc.state.anchor_reference import weight_files
 from hf_ewc.state.document import STATE_FILE
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.state.storage import save_reference
@@ -32,6 +33,22 @@ def store(state: EWCState, folder: Path, in_checkpoint: bool, write: bool) -> No
         state.save_pretrained(folder.parent if in_checkpoint else folder, is_main_process=write)
         if write and in_checkpoint:
             save_reference(folder.parent, folder)
+
+
+def refer_to_weights(state: EWCState, folder: Path, write: bool) -> None:
+    """Let the state in `folder` refer to the weights that lie there now for its anchors.
+
+    After `store`, so that a process which is killed while the weights are written leaves a state
+    that is whole by itself. Nothing is done where the weights are no safetensors.
+    """
+    try:
+        if write:
+            weight_files(folder)
+    except ValueError as error:
+        logger.warning("%s The state keeps its own copy.", error)
+        write = False
+    if state:
+        state.save_pretrained(folder, is_main_process=write, checkpoint=folder)
 
 
 def check_plain(resume: str | bool, output_dir: Path) -> None:

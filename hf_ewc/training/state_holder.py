@@ -32,6 +32,8 @@ class StateHolder(_Base):
         ewc_config: the settings, None where they were not given.
     """
 
+    ewc_config: EWCConfig
+
     def __init__(self, *args: Any, ewc_config: EWCConfig | None = None, **kwargs: Any) -> None:
         self._ewc_requested = ewc_config is not None
         self._ewc_state = EWCState()
@@ -127,3 +129,5 @@ class StateHolder(_Base):
         in_checkpoint = _internal_call and output_dir is not None
         checkpoints.store(self._ewc_state, folder, in_checkpoint, self.args.should_save)
         super().save_model(output_dir, _internal_call)
+        if self._ewc_active and self.ewc_config.ewc_anchor == "reference" and not in_checkpoint:
+            checkpoints.refer_to_weights(self._ewc_state, folder, self.args.should_save)
