@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
@@ -18,6 +20,7 @@ from hf_ewc.config import EWCConfig
 from hf_ewc.training.trainer import EWCMixin
 from tests.models import VOCAB
 from tests.test_trainer_trl import SETTINGS, small_llama, texts, tokenizer
+from tests.training import GradientRecorder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
@@ -147,6 +150,80 @@ def test_dpo_has_its_implicit_reward(how: str, tmp_path: Path) -> None:
         return torch.sigmoid(reward("chosen") - reward("rejected")).log()
 
     assert_close(state.importance, looped(policy(), list(trainer.train_dataset), log_p))
+
+
+@pytest.mark.parametrize("reference", ["the adapter as it was", "no adapter"])
+def test_dpo_in_the_space_of_the_weights(reference: str, tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    given = reference == "the adapter as it was"  # TRL keeps a copy of one that is there already
+
+    def trainer_of(kind: type, **options: Any) -> Any:
+        torch.manual_seed(1)
+        return kind(
+            model=get_peft_model(small_llama(), lora) if given else small_llama(),
+            args=DPOConfig(output_dir=str(tmp_path), max_length=32, beta=0.3, **SETTINGS),
+            train_dataset=Dataset.from_dict(pairs()),
+            processing_class=tokenizer(),
+            peft_config=None if given else lora,
+            **options,
+        )
+
+    def adapted(model: Any) -> dict[str, Tensor]:
+        """W0 + s B A in float64, by the names of the model without adapters."""
+        found = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+                weight = layer.get_base_layer().weight + layer.scaling["default"] * (b @ a)
+                found[f"{name.removeprefix('base_model.model.')}.weight"] = weight
+        return found
+
+    settings = {"fisher_batch_size": 4, "ewc_space": "weight", "ewc_lambda": 3.0}
+    trainer = trainer_of(EWCDPOTrainer, ewc_config=EWCConfig(**settings))
+    state = trainer.consolidate()
+    assert len(state.importance) == 4
+    merged = small_llama().double().requires_grad_(False)
+    for name, weight in adapted(trainer.model).items():
+        merged.get_parameter(name).requires_grad_(True).data.copy_(weight)
+    before = copy.deepcopy(merged) if given else small_llama().double()
+
+    def of_answer(model: nn.Module, prompt: list[int], answer: list[int]) -> Tensor:
+        ids = torch.tensor([prompt + answer])
+        logs = model(input_ids=ids).logits.log_softmax(-1)
+        return sum(logs[0, i - 1, ids[0, i]] for i in range(len(prompt), ids.shape[1]))
+
+    def log_p(model: nn.Module, row: dict[str, Any]) -> Tensor:
+        answers = [(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")]
+        with torch.no_grad():
+            then = [of_answer(before, *ids) for ids in answers]
+        one, two = (of_answer(model, *ids) - t for ids, t in zip(answers, then, strict=True))
+        return torch.sigmoid(0.3 * (one - two)).log()
+
+    assert_close(state.importance, looped(merged, list(trainer.train_dataset), log_p))
+
+    def gradients(kind: type, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Those of a step near the anchor, and those of the penalty by autograd."""
+        recorder = GradientRecorder()
+        again = trainer_of(kind, callbacks=[recorder], **options)
+        trained = {n: p for n, p in again.model.named_parameters() if ".default." in n}
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(trainer.model.get_parameter(name))
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        again.train()
+        away = {name: w - state.anchor[name] for name, w in adapted(again.model).items()}
+        penalty = 1.5 * sum((state.importance[name] * d**2).sum() for name, d in away.items())
+        expected = torch.autograd.grad(penalty, list(trained.values()))
+        return recorder.steps[0], dict(zip(trained, expected, strict=True))
+
+    options = {"ewc_config": EWCConfig(**settings), "ewc_state": state}
+    found, expected = gradients(EWCDPOTrainer, **options)
+    plain, _ = gradients(DPOTrainer)
+    assert len(expected) == 8
+    for name, gradient in expected.items():
+        error = (found[name] - plain[name] - gradient).abs().max()
+        assert error <= 1e-5 * gradient.abs().max() + 1e-8, name
 
 
 def test_other_losses_of_pairs_are_refused(tmp_path: Path) -> None:
