@@ -6,6 +6,7 @@ replicas  whole models: every case of CASES, sources of batches, errors of one p
 shards    the same models sharded by FSDP2; a state saved and read back
 partitions  the same models partitioned by ZeRO-3; a state saved and read back
 die       rank 1 kills itself while the others wait for it
+full      rank 1 is out of memory within a model in shards, where the others wait for it
 ddp, fsdp2, zero1, zero2, zero3
           a trainer that trains, consolidates, trains on and consolidates again
 """
@@ -127,7 +128,36 @@ def replicas(folder: Path) -> dict[str, Any]:
     result["prepared"] = said(lambda: estimate_fisher(bert(), prepared_stream()))
     result["broken"] = said(lambda: estimate_fisher(bert(), Broken("bert", 9), batch_size=2))
     result["warned"] = warned()
+    for place in ("forward", "backward"):
+        fisher = estimate_fisher(short_of_memory(bert(), place, 2), Examples("bert", 11))
+        save(whole(fisher), folder / f"source_memory_{place}.safetensors")
+    nothing_fits = short_of_memory(bert(), "forward", 0)
+    result["memory"] = said(lambda: estimate_fisher(nothing_fits, Examples("bert", 9)))
     return result
+
+
+def short_of_memory(model: nn.Module, where: str, most: int) -> nn.Module:
+    """Memory runs out in rank 1, in the last layer, with more than `most` examples.
+
+    In the backward it does not at first, so that sums are there which must not be added to twice.
+    """
+    spared = [0 if where == "forward" else 2]
+
+    def check(value: Tensor) -> None:
+        if dist.get_rank() == 1 and len(value) > most:
+            if spared[0] == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            spared[0] -= 1
+
+    def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        if where == "forward":
+            check(value)
+        elif value.requires_grad:
+            value.register_hook(check)
+
+    model.get_submodule("bert.encoder.layer.1").register_forward_hook(hook)
+    return model
 
 
 def _same(model: nn.Module) -> nn.Module:
@@ -332,7 +362,7 @@ def consolidates(action: str, folder: Path) -> dict[str, Any]:
 
 def main(action: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    if action == "partitions":
+    if action.endswith("partitions"):
         import deepspeed
 
         deepspeed.init_distributed("gloo", verbose=False)
@@ -342,6 +372,12 @@ def main(action: str, folder: Path) -> None:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         estimate_fisher(bert(), Examples("bert", 5))
+    if action == "full":
+        model = short_of_memory(sharded(bert()), "forward", 2)
+        estimate_fisher(model, Examples("bert", 9), batch_size=4)
+    if action == "full_partitions":
+        model = short_of_memory(partitioned(bert()).module, "forward", 2)
+        estimate_fisher(model, Examples("bert", 9), batch_size=4)
     actions = {
         "replicas": replicas,
         "shards": lambda folder: shards_of(folder, sharded),

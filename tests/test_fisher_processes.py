@@ -79,6 +79,10 @@ def test_replicas_share_the_examples(processes: int, tmp_path: Path) -> None:
     assert result["broken"][1] == "OSError: the disk is gone"
     assert "process 1 met OSError: the disk is gone" in result["broken"][0]
     assert result["warned"] == [1] + [0] * (processes - 1)
+    assert result["memory"][1].startswith(
+        "OutOfMemoryError: One example of the Fisher does not fit"
+    )
+    assert "process 1 met OutOfMemoryError: One example" in result["memory"][0]
 
 
 @pytest.mark.parametrize(("action", "processes"), [*SHARDED, ("shards", 3)])
@@ -134,3 +138,10 @@ def test_the_trainer_consolidates(action: str, tmp_path: Path) -> None:
 
 def test_a_process_that_dies_ends_the_launch(tmp_path: Path) -> None:
     assert launched("die", tmp_path, 2)[0] != 0
+
+
+def test_a_process_out_of_memory_among_shards_ends_the_launch(tmp_path: Path) -> None:
+    code, output = launched("full", tmp_path, 2)
+    assert code != 0
+    assert "OutOfMemoryError: Of parameters in shards, a batch of 4 examples does not fit" in output
+    assert "fisher_batch_size" in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def estimate_fisher(
         TypeError: batches or examples that are no dicts, a string for `parameters`.
         RuntimeError: another process has raised one of these.
         torch.OutOfMemoryError: one example does not fit in memory, or, where parameters are sharded
-            or for "batched", a batch.
+            (then in the process that it happens to, which has to end) or for "batched", a batch.
     """
     _check_arguments(fisher_type, num_samples, batch_size, fallback, num_draws, log_likelihood)
     plain = unwrap(model)
@@ -107,7 +108,10 @@ def estimate_fisher(
     def estimate() -> Fisher:
         sharding.reshard(plain)
         selected = _select(plain, parameters)
-        processes = Processes.of(accelerator, next(iter(selected.values())).device)
+        processes = replace(
+            Processes.of(accelerator, next(iter(selected.values())).device),
+            in_step=is_sharded(selected),
+        )
         rank, size = processes.rank, processes.size
         wanted = Selection(num_samples, batch_size, stratified, seed, rank, size)
         half = any(p.dtype == torch.float16 for p in selected.values())
@@ -134,7 +138,7 @@ def _estimation(
     model: nn.Module, selected: Mapping[str, nn.Parameter], plan: Plan, processes: Processes
 ) -> Estimation:
     one_by_one = plan.fisher_type != "batched"
-    sharded = is_sharded(selected)
+    sharded = processes.in_step
     ways = (InStep if sharded else Replicas)(model, selected, processes, one_by_one=one_by_one)
     passes = Passes(model, plan, never_none=sharded)
     speaks = processes.rank == 0

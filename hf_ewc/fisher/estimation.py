@@ -129,7 +129,7 @@ class Estimation:
         with self._ways.running():
             first = self._ways.first(source)
             if first is not None:
-                self._passes.settle_type(first)
+                self._settle_type(first)
             least = 0
             while not self._whole(source, bar):
                 least = max(least, self._passes.num_examples)
@@ -139,6 +139,14 @@ class Estimation:
                 f"The data gave {least} examples, and {self._passes.num_examples} when they were "
                 "read again since memory ran out. Give a data set, or smaller batches."
             )
+
+    def _settle_type(self, first: ExampleBatch) -> None:
+        try:
+            self._passes.settle_type(first)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._too_large(first, error) from error
 
     def _whole(self, source: Source, bar: ProgressBar) -> bool:
         """Whether all batches were added; else the sums hold a part of one, and are of no use."""
@@ -203,6 +211,8 @@ class Estimation:
         else:
             what = f"A batch of {len(batch)} examples of the Fisher does"
             helps = "a smaller batch_size (fisher_batch_size)"
+            if not self._ways.alone_may_help:
+                what = f"Of parameters in shards, a batch of {len(batch)} examples does"
         return torch.OutOfMemoryError(
             f"{what} not fit in memory: {error!s:.200} What helps: {helps}, gradient "
             "checkpointing, fewer parameters (ewc_target_modules), or half precision."

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from hf_ewc.fisher.memory import is_out_of_memory
+
 # Elements that are summed over processes in one call: 64 MiB of fp32.
 BUCKET_ELEMENTS = 1 << 24
 
@@ -24,11 +26,14 @@ class Processes:
         rank: the number of this process.
         size: how many processes take part; with one, nothing is sent.
         device: where small tensors go that are sent.
+        in_step: whether they also wait for each other within the model, as where its parameters
+            are in shards.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device | str = "cpu"
+    in_step: bool = False
 
     @classmethod
     def of(cls, accelerator: Accelerator | None, device: torch.device) -> Processes:
@@ -81,6 +86,9 @@ class Processes:
     def together(self) -> Iterator[None]:
         """What one process meets inside is raised in all of them, so that none waits for others.
 
+        But where memory ran out and they are in step, the others wait for this one within the model
+        and would not hear of it, nor it of them: it ends at once, and its launcher ends the others.
+
         Raises:
             Exception: this process's own error.
             RuntimeError: the error of another process, by its text.
@@ -89,6 +97,8 @@ class Processes:
         try:
             yield
         except Exception as raised:
+            if self.in_step and is_out_of_memory(raised):
+                raise
             error = raised
         if not self.largest([error is not None])[0]:
             return
