@@ -150,7 +150,13 @@ def test_the_foreach_kernels_agree_with_the_blocks(
         close(two.grad, one.grad, 1e-6 if dtype == torch.float32 else 4e-3)
 
 
-def test_each_parameter_has_its_own_lambda() -> None:
+@pytest.mark.parametrize("largest", [small.LARGEST, 50])
+@pytest.mark.parametrize("block", [small.BLOCK, 40])
+def test_each_parameter_has_its_own_lambda(
+    block: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "LARGEST", largest)
+    monkeypatch.setattr(small, "BLOCK", block)
     model = Net()
     importance, anchor = random_quadratic(model)
     weights = {name: float(i) for i, name in enumerate(importance)}

@@ -27,6 +27,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from hf_ewc.config import EWCConfig
 from hf_ewc.training.active_penalty import ActivePenalty
 
 # Numbers of the terms of a penalty.
@@ -39,11 +40,15 @@ class OncePerStep:
     Args:
         active: whose gradients are added.
         model: that is trained, to see whether its parameters are still those of the penalty.
+        settings: those of now, which hold for the gradients that enter.
     """
 
-    def __init__(self, active: ActivePenalty, model: nn.Module) -> None:
+    def __init__(
+        self, active: ActivePenalty, model: nn.Module, settings: Callable[[], EWCConfig]
+    ) -> None:
         self._active = active
         self._model = model
+        self._settings = settings
         terms = active.penalty.terms
         self._by_parameter: dict[int, set[int]] = {}
         for i, term in enumerate(terms):
@@ -83,7 +88,7 @@ class OncePerStep:
             return
         if self._entered:
             self._add(loss_scale, missing)
-        elif _have_gradients(self._model.parameters()):
+        elif self._witness.has_gradient or _have_gradients(self._model.parameters()):
             terms = self._active.penalty.terms
             self._witness.watch(p for i in missing for p in terms[i].parameters)
             self._add(loss_scale, missing)
@@ -96,9 +101,10 @@ class OncePerStep:
         """A penalty that protects nothing is 0 in the log of each step, once."""
         if not self._every and not self._noted:
             self._noted = True
-            self._active.add_gradients()
+            self._add(1.0, self._every)
 
     def _add(self, loss_scale: float, missing: Members) -> None:
+        self._active.follow(self._settings())
         self._active.add_gradients(loss_scale, None if missing == self._every else missing)
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -220,9 +226,14 @@ class _Witness:
         self._reached = False
         self._handle: Any = None
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the parameter has one; no parameter has none."""
+        return self._parameter is not None and self._parameter.grad is not None
+
     def watch(self, candidates: Iterable[Tensor]) -> None:
         """Take the smallest parameter that the task's backward has reached."""
-        if self._parameter is not None and self._parameter.grad is not None:
+        if self.has_gradient:
             return
         self.close()
         reached = [p for p in candidates if p.grad is not None and p.is_leaf and p.requires_grad]

@@ -19,7 +19,7 @@ from hf_ewc.training import adapted_term
 from hf_ewc.training.adapted_term import AdaptedTerm
 from hf_ewc.training.fused import Piece, value_and_gradient
 from hf_ewc.training.gradients import gradient_of
-from hf_ewc.training.small import SmallTensor, is_small
+from hf_ewc.training.small import SmallTensor, is_small, scratch_size
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ class Penalty:
         """Take other λ by parameter name, for every name of the state."""
         self.terms = [replace(term, strength=strengths[term.name]) for term in self.terms]
         self._counted = [i for i, term in enumerate(self.terms) if term.strength > 0]
-        self._groups = _alike(self.terms, self._counted)
-        self._small = _small_tensors(self.terms)
+        self._small = _small_tensors(self.terms, self._counted)
+        self._groups = _alike(self.terms, (i for i in self._counted if i not in self._small))
+        if self._small:
+            self._groups.append(list(self._small))
         self.constant = math.fsum(strengths[name] * value for name, value in self._offsets.items())
 
     @property
@@ -160,11 +162,11 @@ class Penalty:
         parts = []
         for group in self._groups:
             wanted = [(i, loss_scale if members is None or i in members else None) for i in group]
-            if self._small.keys() >= set(group):
+            if group[0] in self._small:
                 found = [self._small[i].value_and_gradient(scale) for i, scale in wanted]
-                values = torch.tensor(found, dtype=torch.float64)
-            else:
-                values = _value_and_gradient([(self.terms[i], scale) for i, scale in wanted])
+                parts.append(torch.tensor(found, dtype=torch.float64))
+                continue
+            values = _value_and_gradient([(self.terms[i], scale) for i, scale in wanted])
             parts.append(sharding.summed_over_parts(values, self.terms[group[0]].parameter))
         values = _in_order(parts, self._groups)
         if len(self._counted) == len(self.terms):
@@ -208,17 +210,16 @@ def _alike(terms: Sequence[AnyTerm], numbers: Iterable[int]) -> list[list[int]]:
     return list(by_layout.values())
 
 
-def _small_tensors(terms: Sequence[AnyTerm]) -> dict[int, SmallTensor]:
-    """Those of the terms that are small, by their number; they share one scratch memory."""
+def _small_tensors(terms: Sequence[AnyTerm], numbers: Iterable[int]) -> dict[int, SmallTensor]:
+    """Those of the numbered terms that are small, by their number; they share scratch memory."""
     small = {
         i: term
-        for i, term in enumerate(terms)
+        for i, term in ((i, terms[i]) for i in numbers)
         if isinstance(term, Term)
         and term.index is None
         and is_small(term.parameter, term.importance, term.anchor)
     }
-    size = max((term.importance.numel() for term in small.values()), default=0)
-    scratch = torch.empty(2, size)
+    scratch = torch.empty(max((scratch_size(term.parameter) for term in small.values()), default=0))
     return {
         i: SmallTensor(t.parameter, t.importance, t.anchor, t.strength * t.scale, scratch)
         for i, t in small.items()

@@ -229,8 +229,7 @@ class EWCMixin(StateHolder):
 
     def _ewc_enter(self) -> None:
         """Let the penalty's gradient enter, in the units that a gradient scaler left the others."""
-        if self._ewc_entry is not None and self._ewc_penalty is not None:
-            self._ewc_penalty.follow(self.ewc_config)
+        if self._ewc_entry is not None:
             scaler = self.accelerator.scaler
             self._ewc_entry.enter(1.0 if scaler is None else float(scaler.get_scale()))
 
@@ -239,10 +238,7 @@ class EWCMixin(StateHolder):
         """For the time of a run: see each training step, clipping and optimizer step."""
 
         def before(*step: Any) -> Any:
-            if self._ewc_entry is None or self._ewc_penalty is None:
-                return None
-            self._ewc_penalty.follow(self.ewc_config)
-            return self._ewc_entry.before_step(*step)
+            return None if self._ewc_entry is None else self._ewc_entry.before_step(*step)
 
         def after(*step: Any) -> None:
             if self._ewc_entry is not None:
@@ -308,7 +304,7 @@ class EWCMixin(StateHolder):
         self._ewc_penalty = active = ActivePenalty(self._ewc_state, model, self.ewc_config)
         active.begin(self.state.global_step)
         if not self.is_deepspeed_enabled:
-            self._ewc_entry = OncePerStep(active, model)
+            self._ewc_entry = OncePerStep(active, model, lambda: self.ewc_config)
             return
 
         def add() -> None:
