@@ -151,3 +151,10 @@ def test_a_curve_over_lambda_has_the_fixed_ones_in_order(imported, monkeypatch):
     assert panel.lines == {"λ fixed": {300.0: [0.2], 10000.0: [0.3]}}
     assert [*panel.lines["λ fixed"]] == [300.0, 10000.0]
     assert panel.levels == {"plain": [0.1], "auto": [0.4]}
+
+
+def test_images_in_a_frame(imported, data):
+    (train, _), framed = imported("sources").images("mnist", data), imported("scenarios").framed
+    pixels = framed(train).pixels.view(-1, 32, 32)
+    assert pixels[:, 2:-2, 2:-2].flatten(1).allclose((train.pixels - 0.1) / 0.2752)
+    assert pixels[:, :2].unique().tolist() == pytest.approx([-0.1 / 0.2752])

@@ -3,7 +3,7 @@
     scripts/reproduce curves [--lambda_runs FOLDER] [--seeds N]
 
 λ: what `scripts/reproduce choosing_lambda` has left in its folder, a panel for each sequence.
-Examples: Split MNIST as there, 300 steps a task, with the untouched λ and with ten times as much.
+Examples: Split MNIST as there, 300 steps a task, with the untouched λ.
 The picture is curves.png in the folder of the runs.
 """
 
@@ -23,7 +23,7 @@ from hf_ewc.report.canvas import draw, line, marker, palette, panels
 from hf_ewc.report.statistics import estimate
 
 COUNTS = (10, 50, 200, 1000)
-LAMBDAS = (1e3, 1e4)
+LAMBDAS = (1e3,)
 Points = Mapping[float, list[float]]  # the ACC of each seed, by λ or by the number of examples
 
 
