@@ -90,7 +90,7 @@ def test_help_tells_the_fields(capsys):
     assert left.value.code == 0
     printed = capsys.readouterr().out
     assert "What it does." in printed
-    assert "(default: 1000.0)" in " ".join(printed.split())
+    assert "(default: state)" in " ".join(printed.split())
 
 
 def test_only_errors_that_a_user_can_mend_lose_their_traceback(capsys):

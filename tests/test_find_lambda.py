@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_lambda_search import Seen, enough, three_tasks
+from test_lambda_search import Seen, between, enough, three_tasks
 from test_tasks import arguments, same_weights, vit
 from transformers import Trainer
 
@@ -65,8 +65,10 @@ def test_the_curve_is_that_of_trainings_by_hand_and_all_is_as_before(tmp_path, l
         assert own.evaluate(held)["eval_accuracy"] == trial.score
     learnt[0].load_state_dict(begin)
     plain = found.curve.plain.score
-    passing = [t for t in found.curve.trials[1:] if enough(t.score, plain, 8)]
-    assert found.ewc_lambda == (passing[0].ewc_lambda if passing else 1.0)
+    *failing, last = found.curve.trials[1:]
+    assert not any(enough(t.score, plain, 8) for t in failing)
+    assert enough(last.score, plain, 8)
+    assert found.ewc_lambda == between([(t.ewc_lambda, t.score) for t in found.curve.trials])
 
 
 def test_training_after_it_is_as_without_it(tmp_path, learnt):

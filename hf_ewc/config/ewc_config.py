@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 from hf_ewc.config.checked import (
     boolean,
@@ -23,7 +23,7 @@ ANCHORS = ("copy", "reference")
 SPACES = ("adapter", "weight")
 STATE_DTYPES = ("float32", "bfloat16", "float16", "float8")
 LARGEST = 3.4e38
-AUTO = "auto"
+AUTO, STATE = "auto", "state"
 FISHER_DATA = ("train", "held_out")
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
 
@@ -48,12 +48,14 @@ class EWCConfig:
     """
 
     ewc_lambda: float | str | None = field(
-        default=1000.0,
+        default=STATE,
         metadata=hint(
             "Strength λ of the penalty (λ/2) Σ F (θ − θ*)². At least 0; 0 switches it off. Larger "
             "where earlier tasks are forgotten, smaller where new ones are not learned; try powers "
-            "of ten. 'auto' finds it before each task, by short trials on its training data alone "
-            "(in run_tasks; see find_lambda for a trainer)."
+            "of ten. 'state' takes what the state's importance tells: 0.4 / (g ρ²), at most 1e4, "
+            "g its typical root and ρ the share of the parameters it is spread over. 'auto' begins "
+            "there and tries it before each task, by short trials on the task's training data "
+            "alone (in run_tasks; see find_lambda for a trainer)."
         ),
     )
     ewc_give_up: float = field(
@@ -211,8 +213,9 @@ class EWCConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.ewc_lambda != AUTO:
-            self.ewc_lambda = number("ewc_lambda", self.ewc_lambda, low=0.0, also="'auto'")
+        if self.ewc_lambda not in (AUTO, STATE):
+            also = "'state' or 'auto'"
+            self.ewc_lambda = number("ewc_lambda", self.ewc_lambda, low=0.0, also=also)
         self.ewc_give_up = number("ewc_give_up", self.ewc_give_up, low=0.0, open_low=True)
         if self.ewc_give_up >= 1.0:
             refuse("ewc_give_up", self.ewc_give_up, "a number above 0 and below 1")
@@ -262,14 +265,28 @@ class EWCConfig:
         """λ, where it is a number.
 
         Raises:
-            ValueError: it is "auto".
+            ValueError: it is "auto", or "state", which takes one (`settled`).
         """
         if isinstance(self.ewc_lambda, (int, float)):
             return self.ewc_lambda
+        if self.ewc_lambda == STATE:
+            raise ValueError(
+                "ewc_lambda is 'state', and there is none that tells it here; give a number."
+            )
         raise ValueError(
             "ewc_lambda is 'auto', which run_tasks and compare_methods find before each task; for "
             "a trainer by itself give a number, which hf_ewc.find_lambda(trainer) finds."
         )
+
+    def settled(self, told_lambda: Callable[[], float]) -> EWCConfig:
+        """The settings with a number for λ where the state tells it.
+
+        Args:
+            told_lambda: of the state that is in force (`EWCState.told_lambda`).
+        """
+        if self.ewc_lambda != STATE:
+            return self
+        return replace(self, ewc_lambda=told_lambda())
 
     def strength_after(self, num_tasks: int) -> float | None:
         """λ after k consolidated tasks, ewc_lambda · growth^(k − 1); None before the first."""
@@ -303,6 +320,8 @@ class EWCConfig:
         """λ for people: a number, or how it is found."""
         if self.finds_lambda:
             return f"auto (gives up at most {100 * self.ewc_give_up:g} % of each new task)"
+        if self.ewc_lambda == STATE:
+            return "as the state tells"
         return f"{self.strength:g}"
 
     def summary(self) -> str:

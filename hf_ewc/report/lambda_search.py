@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from hf_ewc.report.canvas import marker, palette, panels, text_width
@@ -48,9 +49,10 @@ def _draw(panel: Any, search: Mapping[str, Any], index: int, colour: Any) -> Non
         *zip(*points, strict=True) if points else ([], []), color=colour, marker=marker(index),
         markersize=4, linewidth=1.2, label=in_legend(search["task"]),
     )  # fmt: skip
-    used = [(strength, score) for strength, score in points if strength == search["chosen"]]
-    if used:
+    if points and search["chosen"] is not None:
+        used = float(search["chosen"])
+        tried, scores = zip(*points, strict=True)
         panel.plot(
-            *zip(*used, strict=True), marker="o", markersize=11, color=colour,
-            markerfacecolor="none", linestyle="none",
+            used, np.interp(np.log10(used), np.log10(tried), scores), marker="o", markersize=11,
+            color=colour, markerfacecolor="none", linestyle="none",
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def search_table(runs: Given) -> str:
             "stopped half-way" if trial["stopped"] else _shown(trial["score"]),
             "" if trial["kept"] is None else f"{100 * trial['kept']:.0f} %",
             str(trial["steps"]), f"{trial['seconds']:.1f}",
-            "used" if trial["ewc_lambda"] == search["chosen"] else "",
+            _use(trial, search),
         ]
         for method, repeats in as_runs(runs).items()
         for seed, outcome in repeats.items()
@@ -70,6 +71,14 @@ def search_table(runs: Given) -> str:
     ]  # fmt: skip
     header = ["method", "seed", "before task", "λ", "score", "kept", "steps", "seconds", ""]
     return table(header, rows) if rows else ""
+
+
+def _use(trial: Mapping[str, Any], search: Mapping[str, Any]) -> str:
+    """Whether this λ was used, or behind the last trial the one between two that was."""
+    tried = [one["ewc_lambda"] for one in search["trials"]]
+    if search["chosen"] is None or search["chosen"] in tried:
+        return "used" if trial["ewc_lambda"] == search["chosen"] else ""
+    return f"{search['chosen']:g} used" if trial["ewc_lambda"] == tried[-1] else ""
 
 
 def _shown(score: float | None) -> str:

@@ -25,6 +25,7 @@ from hf_ewc.state.consolidation import Consolidation, Parameters, Settings
 from hf_ewc.state.packed import PackedTensor, TensorMap
 from hf_ewc.state.quadratic import half_square, sum_of
 from hf_ewc.state.records import ReadOnly, TaskRecord, as_json, check_records
+from hf_ewc.state.told_lambda import told_lambda
 
 __all__ = ["EWCState", "TaskRecord"]
 
@@ -93,6 +94,10 @@ class EWCState:
     def num_tasks(self) -> int:
         """How many tasks were consolidated."""
         return len(self.tasks)
+
+    def told_lambda(self) -> float:
+        """λ where nobody gives one, min(0.4 / (g ρ²), 1e4): see `hf_ewc.state.told_lambda`."""
+        return told_lambda(self.importance, self.num_tasks)
 
     @property
     def nbytes(self) -> int:

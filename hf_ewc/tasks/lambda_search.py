@@ -29,7 +29,7 @@ from hf_ewc.tasks.task import LOWER_IS_BETTER, Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.training_data import TrainingData, without
 from hf_ewc.training.held_out import held_out_rows, rows_of
-from hf_ewc.training.lambda_curve import START, LambdaCurve, Trial
+from hf_ewc.training.lambda_curve import LambdaCurve, Trial
 from hf_ewc.training.short_training import for_a_share
 
 logger = logging.getLogger("hf_ewc")
@@ -95,7 +95,7 @@ class LambdaSearch:
                 self._protection.use(curve.chosen)
 
     def _begun(self, index: int) -> LambdaCurve:
-        """What the record knows of the task's search, or a new one, from the last task's λ on."""
+        """What the record knows of the task's search, or a new one, from the state's λ on."""
         name = self._plan.tasks[index].name
         for curve in self._record.searches:
             if curve.task == name:
@@ -104,10 +104,16 @@ class LambdaSearch:
         earlier = self._record.searches
         return LambdaCurve(
             name,
-            first=earlier[-1].next_first() if earlier else START,
+            first=self._protection.told_lambda(index),
             give_up=config.ewc_give_up if config is not None else 0.0,
             by_improvement=self._plan.tasks[index].metric in LOWER_IS_BETTER,
+            left=self._steps_left(index, earlier),
         )
+
+    def _steps_left(self, index: int, earlier: list[LambdaCurve]) -> int:
+        """The steps of all trainings before, but for those of the trials before."""
+        spent = sum(trial.steps for curve in earlier for trial in curve.trials)
+        return sum(self._record.steps[:index]) - spent
 
     def _searched(
         self, curve: LambdaCurve, index: int, model: nn.Module, data: TrainingData

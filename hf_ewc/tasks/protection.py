@@ -63,6 +63,16 @@ class Protection:
         if self.config is not None:
             self.config = replace(self.config, ewc_lambda=ewc_lambda)
 
+    def settled(self, index: int) -> EWCConfig | None:
+        """The settings for task `index`, λ a number also where the state tells it."""
+        if self.config is None:
+            return None
+        return self.config.settled(self._of(self._plan.tasks[index]).told_lambda)
+
+    def told_lambda(self, index: int) -> float:
+        """λ that the state tells for task `index`."""
+        return self._of(self._plan.tasks[index]).told_lambda()
+
     def given(
         self,
         index: int,
@@ -80,9 +90,11 @@ class Protection:
         """
         config = config or self.config
         strength = factor * self._plan.sequence.l2sp_lambda
+        state = self._of(self._plan.tasks[index]) if with_ewc else EWCState()
+        if config is not None and (strength or factor != 1.0):
+            config = config.settled(state.told_lambda)
         if config is not None and factor != 1.0:
             config = stronger(config, factor)
-        state = self._of(self._plan.tasks[index]) if with_ewc else EWCState()
         if strength and index:
             free = dict.fromkeys(self.new_head(index, model), 0) | self._old_rows
             state, config = with_l2_sp(state, config, model, strength, free)

@@ -158,9 +158,9 @@ class TaskRun:
         if is_main():
             logger.warning("%s", found.in_words())
 
-    def _measure_drift(self, trainer: Any) -> None:
+    def _measure_drift(self, trainer: Any, index: int) -> None:
         """How far what is protected has moved; not where DeepSpeed holds the weights."""
-        config, state = self.protection.config, self.protection.state
+        config, state = self.protection.settled(index), self.protection.state
         self._drift, self._lambdas = {}, {}
         if config is not None and state and not trainer.is_deepspeed_enabled:
             squares = squared_drift(state, self.model)
@@ -280,7 +280,7 @@ class TaskRun:
             if mean is not None:
                 mean.apply(self.model)
             self.growth.finish(trainer, index, data, self._training.collator)
-            self._measure_drift(trainer)
+            self._measure_drift(trainer, index)
             if plan.config is not None:
                 self.protection.consolidate(trainer, index, data)
             if plan.sequence.weight_average == "fisher" and index:

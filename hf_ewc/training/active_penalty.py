@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class ActivePenalty:
         self._state = state
         self._model = model
         self._settings = replace(config)  # a copy, which no change of `config` reaches
+        self._told_lambda = cache(state.told_lambda)
         self.penalty = Penalty(state, model, self._strengths(), config.ewc_offload)
         names = [term.name for term in self.penalty.terms]
         self.log = PenaltyLog(names, config.ewc_log_groups)
@@ -96,7 +98,7 @@ class ActivePenalty:
 
     def _strengths(self) -> dict[str, float]:
         """λ of each parameter of the state, 0 where the configuration leaves it free."""
-        config, state = self._settings, self._state
+        config, state = self._settings.settled(self._told_lambda), self._state
         strengths = config.lambdas(state.importance, state.num_tasks)
         patterns = config.ewc_target_modules, config.ewc_exclude_modules
         if not any(patterns):

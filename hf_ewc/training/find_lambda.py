@@ -18,7 +18,7 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.training.held_out import has_rows, held_out_rows, other_rows, rows_of
-from hf_ewc.training.lambda_curve import FACTOR, LOWEST, START, LambdaCurve, Trial
+from hf_ewc.training.lambda_curve import FACTOR, LOWEST, LambdaCurve, Trial
 from hf_ewc.training.prepared import let_it_be_wrapped
 from hf_ewc.training.short_training import for_a_share
 from hf_ewc.training.trainer import EWCMixin
@@ -45,7 +45,7 @@ def find_lambda(
     *,
     metric: str = "loss",
     give_up: float = 0.1,
-    first: float = START,
+    first: float | None = None,
     lowest: float = LOWEST,
     old_validation: Sequence[Any] = (),
     alpha: float = 1.0,
@@ -66,7 +66,7 @@ def find_lambda(
         metric: what `trainer.evaluate` returns as `eval_<metric>`; of "loss" less is better, of all
             else more.
         give_up: at most this share of what plain training would reach on the new task.
-        first: the largest λ that is tried.
+        first: the largest λ that is tried; by default what the state tells (`told_lambda`).
         lowest: the smallest.
         old_validation: data sets of old tasks, for the trainer's collator and head.
         alpha: how much the old tasks' loss counts beside the new one's.
@@ -77,6 +77,7 @@ def find_lambda(
             given, or evaluation returns no such metric.
     """
     _check(trainer)
+    first = trainer.ewc_state.told_lambda() if first is None else first
     with _as_it_was(trainer) as trial:
         curve = LambdaCurve(
             "the trainer's",

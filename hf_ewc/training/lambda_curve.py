@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-START = 1e4  # λ that is tried first
+START = 1e4  # λ that is tried first, where no state tells one
 FACTOR = 10.0  # between one λ and the next
-LOWEST, HIGHEST = 1.0, START  # a higher start was slower and no better over five tasks of digits
+LOWEST = 1.0
 SHARE = 0.4  # of a task's optimizer steps, for which a trial trains
+SURE = 1.645  # standard errors, by which a score has to lie below the limit to be refused
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Trial:
 class LambdaCurve:
     """Score of the new task against λ, as far as it was tried, and the λ that it tells.
 
-    The largest λ of the grid first, first/10, first/100 … whose score is at least (1 − give_up)
+    The largest λ of first, first/10, first/100 … whose score is at least (1 − give_up)
     times that of plain training for as many steps ("stability decay", De Lange et al. 2021, arXiv
     1909.08383). Where lower is better, or a score is not above 0, it is the improvement on the
     score before training that counts: (trial − before) / (plain − before) ≥ 1 − give_up.
@@ -53,8 +54,13 @@ class LambdaCurve:
         by_improvement: whether lower is better, for which `score` has the other sign.
         trials: in the order in which they were made, plain training first.
         lowest: λ that is used where none passes.
-        examples: N, how many are held out, where the score is a share p of them that are right:
-            √(p(1 − p)/N), one standard error, less than what is needed passes too. 0: none.
+        examples: N, how many are held out, where the score is a share p of them that are right. A
+            score passes unless it is below what is needed by more than 1.645 standard errors of its
+            difference from the plain score q, √(p(1 − p)/N + q(1 − q)/N): by chance that is so once
+            in twenty times. 0: every difference counts.
+        left: optimizer steps that earlier tasks have left over for trials; None: there is no limit.
+            With it, the trials of all tasks together take no more steps than these tasks' own
+            trainings: one that would go beyond is not made, and the λ that has kept most is used.
     """
 
     task: str
@@ -65,6 +71,7 @@ class LambdaCurve:
     trials: tuple[Trial, ...] = field(default=())
     lowest: float = LOWEST
     examples: int = 0
+    left: int | None = None
 
     @property
     def plain(self) -> Trial | None:
@@ -73,11 +80,19 @@ class LambdaCurve:
 
     @property
     def chosen(self) -> float | None:
-        """λ to train with: the first that passed, the lowest where none did; None before that."""
-        if len(self.trials) < 2:
+        """λ to train with; None while it is looked for.
+
+        Between a λ that failed and the next that passed it is where the straight line through both,
+        of what is kept over log λ, comes to what has to be kept.
+        """
+        if not self._is_over:
             return None
-        last = self.trials[-1]
-        return last.ewc_lambda if self.passed or last.ewc_lambda <= self.lowest else None
+        if not self.passed:
+            return max(self.trials[1:], key=lambda t: (t.kept or 0.0, -t.ewc_lambda)).ewc_lambda
+        last, failed = self.trials[-1], self.trials[-2]
+        if len(self.trials) < 3 or failed.score is None:
+            return last.ewc_lambda
+        return _between(last, failed, 1.0 - self.give_up)
 
     @property
     def passed(self) -> bool:
@@ -88,6 +103,19 @@ class LambdaCurve:
         return self.trials[-1].kept + self._noise() >= 1.0 - self.give_up - 1e-9
 
     @property
+    def _is_over(self) -> bool:
+        if len(self.trials) < 2:
+            return False
+        return self.passed or self.trials[-1].ewc_lambda <= self.lowest or not self._may_go_on
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether one more trial, as long as the plain one, is within the limit."""
+        plain = self.trials[0].steps
+        spent = sum(trial.steps for trial in self.trials)
+        return self.left is None or spent + plain <= self.left + plain / SHARE
+
+    @property
     def seconds(self) -> float:
         return sum(trial.seconds for trial in self.trials)
 
@@ -95,7 +123,7 @@ class LambdaCurve:
         """λ of the next trial, 0 for plain training; None where λ is found."""
         if not self.trials:
             return 0.0
-        if self.chosen is not None:
+        if self._is_over:
             return None
         return self.first if len(self.trials) == 1 else self.trials[-1].ewc_lambda / FACTOR
 
@@ -126,21 +154,12 @@ class LambdaCurve:
         return self.kept(halfway, self.plain.halfway) < 1.0 - 5 * self.give_up
 
     def _noise(self) -> float:
-        """The standard error of the last score, in shares of what plain training reached."""
+        """What chance may take from the last score, in shares of what plain training reached."""
         score, plain = self.trials[-1].score, self.trials[0].score
-        if not self.examples or not score or not plain or score >= 1.0:
+        if not self.examples or not score or not plain:
             return 0.0
-        return math.sqrt(score * (1.0 - score) / self.examples) / plain
-
-    def next_first(self) -> float:
-        """Where the next task's search begins: ten times higher if this one's first trial passed.
-
-        Importances pile up from task to task, so λ is looked for around the last one.
-        """
-        if self.chosen is None:
-            return START
-        higher = self.passed and len(self.trials) == 2
-        return min(HIGHEST, self.chosen * FACTOR) if higher else self.chosen
+        variance = score * (1.0 - score) + plain * (1.0 - plain)
+        return SURE * math.sqrt(max(variance, 0.0) / self.examples) / plain
 
     def in_words(self) -> str:
         """One line for the log."""
@@ -151,7 +170,7 @@ class LambdaCurve:
         limit = f"at least {100 * (1 - self.give_up):g} %"
         if self.examples:
             limit += f", but for the noise of {self.examples} examples,"
-        why = "" if self.passed else " No λ kept that much; this is the lowest that is tried."
+        why = "" if self.passed else " No λ that was tried kept that much; this one kept most."
         return (
             f"λ = {self.chosen:g} for task {self.task!r}: of what plain training reaches on it, "
             f"{limit} is to be kept ({tried}; {self.seconds:.1f} s).{why}"
@@ -168,3 +187,12 @@ class LambdaCurve:
         """The inverse of `to_dict`; a `TypeError` or `KeyError` where an entry is none of its."""
         given = {key: value for key, value in data.items() if key != "chosen"}
         return cls(**{**given, "trials": tuple(Trial(**trial) for trial in given["trials"])})
+
+
+def _between(passed: Trial, failed: Trial, needed: float) -> float:
+    """Where log λ → kept, straight from one trial to the other, comes to `needed`."""
+    low, high = passed.kept or 0.0, failed.kept or 0.0
+    if not high < needed < low:
+        return passed.ewc_lambda
+    share = (low - needed) / (low - high)
+    return float(f"{passed.ewc_lambda * (failed.ewc_lambda / passed.ewc_lambda) ** share:.2g}")
