@@ -144,8 +144,14 @@ def smoothed(logits, labels):
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1)
 
 
-def tempered(logits, labels):
-    return F.cross_entropy(3 * logits.flatten(0, -2), labels.flatten())
+def tempered(factor):
+    def loss(logits, labels):
+        return F.cross_entropy(factor * logits.flatten(0, -2), labels.flatten())
+
+    return loss
+
+
+TEMPERED = [tempered(factor) for factor in (0.5, 2, 3, 4, 8, 16)]
 
 
 def focal(logits, labels):
@@ -158,7 +164,7 @@ def margin(logits, labels):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("loss", [weighted, by_position, smoothed, tempered, focal, margin])
+@pytest.mark.parametrize("loss", [weighted, by_position, smoothed, *TEMPERED, focal, margin])
 def test_another_loss_is_refused(loss, sequence):
     shape = (EXAMPLES, 4) if sequence else (EXAMPLES,)
     labels = (torch.arange(math.prod(shape)) * 7 // 2 % 3).view(shape)

@@ -55,7 +55,9 @@ def misfit(
 
     Args:
         further_term: whether the loss may have a term that does not depend on the labels, such as a
-            router's, beside −log p as it stands. It takes three observations to see that.
+            router's, beside the mean of −log p over labels. It takes three observations to see
+            that. Beside a multiple of it, it could not be told from logits with a factor in the
+            loss: −log softmax(k l) and −k log softmax(l) differ by such a term.
     """
     losses = torch.tensor([o.loss for o in observations], dtype=torch.float64)
     try:
@@ -63,11 +65,13 @@ def misfit(
     except ValueError:  # labels that are none of this likelihood
         return math.inf
     errors = [math.inf]
-    for row in zip(*stated, strict=True):
+    for number, row in enumerate(zip(*stated, strict=True)):
         values = torch.tensor(row, dtype=torch.float64)
         if not values.isfinite().all():
             continue
-        errors.append(_misfit(losses, values, tolerance, further_term))
+        errors.append(_misfit(losses, values, tolerance))
+        if number == 0 and further_term and errors[-1] > tolerance and len(losses) > 2:
+            errors.append(_without_constant(losses, values, tolerance))
     return min(errors)
 
 
@@ -76,23 +80,20 @@ def _stated(read: Read, observed: Observation) -> list[float]:
     return [float(loss) for loss in losses]
 
 
-def _misfit(losses: Tensor, values: Tensor, tolerance: float, further_term: bool) -> float:
+def _misfit(losses: Tensor, values: Tensor, tolerance: float) -> float:
     scale = float(losses.abs().max())
     if scale == 0.0:
         return float(values.abs().max())
     factors = [*_FACTORS]
     if float(values.std(correction=0)) > _SPREAD * tolerance * float(values.abs().max()):
         factors.append(float((losses @ values) / (values @ values).clamp_min(1e-300)))
-    errors = [float((losses - factor * values).abs().max()) / scale for factor in factors]
-    if further_term and min(errors) > tolerance and len(losses) > 2:
-        errors += _without_constant(losses, values, tolerance)
-    return min(errors)
+    return min(float((losses - factor * values).abs().max()) / scale for factor in factors)
 
 
-def _without_constant(losses: Tensor, values: Tensor, tolerance: float) -> list[float]:
-    """The same of differences between observations, where these are large enough to tell."""
+def _without_constant(losses: Tensor, values: Tensor, tolerance: float) -> float:
+    """How far differences between observations are apart, where they are large enough to tell."""
     losses, values = losses - losses.mean(), values - values.mean()
     scale = float(losses.abs().max())
     if scale < _SPREAD * tolerance * float(values.abs().max() + scale):
-        return []
-    return [float((losses - factor * values).abs().max()) / scale / 10 for factor in _FACTORS]
+        return math.inf
+    return float((losses - values).abs().max()) / scale / 10
