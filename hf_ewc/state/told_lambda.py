@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from hf_ewc.parameters.sharding import whole
 from hf_ewc.state.packed import TensorMap
 
@@ -28,9 +30,9 @@ def told_lambda(importance: TensorMap, num_tasks: int) -> float:
     """
     roots, total, number = 0.0, 0.0, 0
     for name in importance:
-        values = importance[name].double()
-        roots += float(whole(values.sqrt().sum()))
-        total += float(whole(values.sum()))
+        values = importance[name]
+        roots += float(whole(values.sqrt().sum(dtype=torch.float64)))
+        total += float(whole(values.sum(dtype=torch.float64)))
         number += int(whole((values > 0).sum()))
     if total == 0.0:
         return 1.0
