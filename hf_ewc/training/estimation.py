@@ -97,7 +97,7 @@ def _warn_if_fresh(trainer: Trainer, model: nn.Module) -> None:
     if fresh and trainer.is_world_process_zero():
         logger.warning(
             "The adapters of %d layers (%s) are fresh: where B = 0 the Fisher of A is 0, so "
-            "this protects next to nothing of what the model could do before. Set "
+            "that only B is held, for as long as A stays what it is now. Set "
             "ewc_space='weight', which holds the weights W0 + s B A themselves, or consolidate "
             "after the adapter has been trained.",
             len(fresh),
