@@ -148,9 +148,9 @@ def test_a_curve_over_lambda_has_the_fixed_ones_in_order(imported, monkeypatch):
     scores = {"plain": [0.1], "1e4": [0.3], "3e2": [0.2], "auto": [0.4], "falling": [0.5]}
     monkeypatch.setattr(curves, "accuracies", lambda runs: runs)
     panel = curves.over_lambda("digits", scores)
-    assert panel.lines == {"λ fixed": {300.0: [0.2], 10000.0: [0.3]}}
-    assert [*panel.lines["λ fixed"]] == [300.0, 10000.0]
-    assert panel.levels == {"plain": [0.1], "auto": [0.4]}
+    assert panel.lines == {"λ": {300.0: [0.2], 10000.0: [0.3]}}
+    assert [*panel.lines["λ"]] == [300.0, 10000.0]
+    assert panel.levels == {"plain": [0.1]}
 
 
 def test_images_in_a_frame(imported, data):

@@ -3,14 +3,13 @@
     scripts/reproduce curves [--lambda_runs FOLDER] [--seeds N]
 
 λ: what `scripts/reproduce choosing_lambda` has left in its folder, a panel for each sequence.
-Examples: Split MNIST as there, 300 steps a task, with the untouched λ.
+Examples: Split MNIST as there, 300 steps a task, with λ = 1e3.
 The picture is curves.png in the folder of the runs.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from choosing_lambda import Runs, accuracies
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from options import TableOptions, parsed
 from sequences import SEQUENCES, split_mnist
 
-from hf_ewc.report import read_outcomes
+from hf_ewc.report import Outcome, read_outcomes
 from hf_ewc.report.canvas import draw, line, marker, palette, panels
 from hf_ewc.report.statistics import estimate
 
@@ -45,11 +44,21 @@ class Panel:
     levels: Mapping[str, list[float]]
 
 
+def runs_in(folder: Path) -> Runs:
+    """What is done so far in the folder of a comparison, by method and seed."""
+    found: dict[str, dict[int, Outcome]] = {}
+    for file in sorted(folder.glob("*/seed-*/results.json")):
+        (repeats,) = read_outcomes(file)[0].values()
+        (outcome,) = repeats.values()
+        if outcome.matrix.num_learnt == len(outcome.matrix.tasks):
+            found.setdefault(file.parts[-3], {})[int(file.parent.name[len("seed-") :])] = outcome
+    return found
+
+
 def over_lambda(title: str, runs: Runs) -> Panel:
     found = accuracies(runs)
     fixed = {float(name): scores for name, scores in found.items() if name[0].isdigit()}
-    levels = {name: found[name] for name in ("plain", "auto") if name in found}
-    return Panel(title, "λ", {"λ fixed": dict(sorted(fixed.items()))}, levels)
+    return Panel(title, "λ", {"λ": dict(sorted(fixed.items()))}, {"plain": found["plain"]})
 
 
 def over_examples(options: CurveOptions) -> Panel:
@@ -82,6 +91,7 @@ def figure_of(every: list[Panel]) -> Figure:
         for k, (name, values) in enumerate(panel.levels.items(), len(panel.lines)):
             axis.axhline(np.mean(values), label=name, color=colours[k], linestyle=line(k))
         axis.set(title=panel.title, xlabel=panel.axis, ylabel="average accuracy", xscale="log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return figure
@@ -89,10 +99,8 @@ def figure_of(every: list[Panel]) -> Figure:
 
 def main() -> None:
     options: CurveOptions = parsed("curves", kind=CurveOptions)
-    files = {name: Path(options.lambda_runs) / name / "results.json" for name in SEQUENCES}
-    every: list[Any] = [
-        over_lambda(name, read_outcomes(file)[0]) for name, file in files.items() if file.exists()
-    ]
+    done = {name: runs_in(Path(options.lambda_runs) / name) for name in SEQUENCES}
+    every = [over_lambda(name, runs) for name, runs in done.items() if runs]
     every.append(over_examples(options))
     for panel in every:
         for name, points in panel.lines.items():
