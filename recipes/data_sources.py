@@ -44,6 +44,12 @@ class SourceArguments:
         default=None, metadata={"help": "At most so many evaluation examples a task."}
     )
 
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples"):
+            most = getattr(self, name)
+            if most is not None and most < 1:
+                raise ValueError(f"{name} is {most}; needed is at least 1.")
+
 
 @dataclass
 class Source:

@@ -194,7 +194,7 @@ def with_pixels(part: Part, task: ImageTask, rows: dict[str, int], pixels: Pixel
     """The part as a model takes it: pixels when they are asked for, and rows of the head.
 
     Raises:
-        ValueError: an image that cannot be opened, or is damaged further in: when it is used.
+        ValueError: an image that cannot be read to its end; of the Hub's, when it is used.
     """
 
     def ready(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -204,15 +204,9 @@ def with_pixels(part: Part, task: ImageTask, rows: dict[str, int], pixels: Pixel
         return {**batch, "pixel_values": pixels(images)}
 
     for value in [] if task.dataset_name else part.column(task.image):
-        _check(value, part.where)
+        _loaded(value, part.where)
     data = part.with_labels([task.image], rows).rename_column(task.image, "pixel_values")
     return data.with_transform(ready)
-
-
-def _check(value: Any, where: str) -> None:
-    """Refuse what does not begin as an image; the rest of it is read when it is used."""
-    with _opened(value, where):
-        pass
 
 
 def _loaded(value: Any, where: str) -> Image.Image:
@@ -221,7 +215,18 @@ def _loaded(value: Any, where: str) -> Image.Image:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise _unreadable(value, where, error) from error
+        return _of_eight_bits(image, value, where)
+
+
+def _of_eight_bits(image: Image.Image, value: Any, where: str) -> Image.Image:
+    """Grey of 16 bits by its upper 8; Pillow's own conversion would make nearly all of it white."""
+    if not image.mode.startswith(("I", "F")):
         return image
+    grey = np.asarray(image)
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 0xFFFF:
+        error = ValueError(f"its pixels are {grey.dtype}; needed are whole numbers of 8 or 16 bits")
+        raise _unreadable(value, where, error)
+    return Image.fromarray((grey.astype(np.uint32) >> 8).astype(np.uint8))
 
 
 def _opened(value: Any, where: str) -> Image.Image:

@@ -175,8 +175,13 @@ def load(task: Any, max_train: int | None, max_eval: int | None) -> Examples:
 
 def _label_names(data: Dataset, task: Any, where: str) -> list[str | None]:
     """The name of each example's label; None for examples that the task leaves out."""
-    kind = data.features[task.label]
-    names = [_name(value, kind, where) for value in data[task.label]]
+    kind, values = data.features[task.label], data[task.label]
+    if without := [i + 1 for i, value in enumerate(values) if value is None]:
+        raise ValueError(
+            f"{where} has {len(without)} examples without a label, the first is number "
+            f"{without[0]}; fill them in or take them out."
+        )
+    names = [_name(value, kind, where) for value in values]
     found = [name if task.labels is None or name in task.labels else None for name in names]
     if not any(name is not None for name in found):
         with_labels = "" if task.labels is None else f" with the labels of task {task.name!r}"
@@ -190,6 +195,8 @@ def _name(value: Any, kind: Any, where: str) -> str:
         return str(kind.int2str(value))
     if isinstance(kind, Value) and isinstance(value, (str, bool, int)):
         return str(value)
+    if isinstance(kind, Value) and isinstance(value, float) and value.is_integer():
+        return str(int(value))  # whole numbers that a table has as floats
     raise ValueError(f"{where} has the label {value!r}; needed are words or whole numbers.")
 
 

@@ -12,7 +12,7 @@ from transformers import ViTForImageClassification
 
 from hf_ewc import AccuracyMatrix, EWCConfig, EWCState, run_tasks
 from hf_ewc.state.drift import squared_drift
-from hf_ewc.tasks.aftermath import Aftermath, lost_share
+from hf_ewc.tasks.aftermath import Aftermath, aftermath, lost_share
 from tests.models import random_quadratic
 
 
@@ -43,6 +43,13 @@ def test_what_is_said_of_lambda(found, advice):
     assert "\n" not in line
     assert line.startswith("After 'b': its score is 0.9")
     assert "vit.layers.0 3, head 0.5" in line
+
+
+def test_a_perplexity_is_told_as_people_read_it():
+    matrix = AccuracyMatrix(["a", "b"], lower_is_better={"b": "perplexity"})
+    matrix[0, "a"], matrix[1, "a"], matrix[1, "b"] = 0.5, 0.5, -33.2
+    found = aftermath(matrix, 1, {"w": 1.0}, {"w": 2.0}, [])
+    assert found.in_words().startswith("After 'b': its score is 33.2, ")
 
 
 def test_what_is_lost_is_a_share_of_the_best():

@@ -62,7 +62,7 @@ def test_without_a_file():
         ("model: m", ["stray"], "unknown key 'stray'."),
         ("max_steps: 3", [], "required: --model"),
         ("model: m\newc_lambda: -1", [], "ewc_lambda is -1"),
-        ("model: m\nmax_steps: many", [], "argument --max_steps"),
+        ("model: m\nmax_steps: many", [], "has max_steps: 'many'; needed is a whole number."),
         ("model: m\nmodel: n", [], "the key 'model' is there twice"),
         ("model: [", [], "is no YAML"),
         ("- model", [], "needed are lines of `key: value`"),

@@ -175,6 +175,11 @@ def cut_off(folder):
     (folder / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
 
 
+def of_floats(folder):
+    (folder / "cat").mkdir(parents=True)
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(folder / "cat" / "1.tiff")
+
+
 def not_in_classes(folder):
     folder.mkdir()
     picture(1).save(folder / "1.png")
@@ -185,6 +190,7 @@ def not_in_classes(folder):
     [
         (damaged, "1.png of {} cannot be read as an image"),
         (cut_off, "1.png of {} cannot be read as an image"),
+        (of_floats, "1.tiff of {} cannot be read as an image: its pixels are float32"),
         (not_in_classes, "{} has no images in folders; needed is one folder for each class"),
         (lambda folder: None, "{} is no folder"),
     ],
@@ -200,9 +206,21 @@ def test_folders_that_cannot_be_learnt_from(make, message, tmp_path):
 
 
 def read(task):
+    """The examples as a model takes them; nothing is asked for of them yet."""
     found = load(task, None, None)
     rows = {name: k for k, name in enumerate(found.labels)}
-    return with_pixels(found.train, task, rows, pixels_for(ViTConfig(**VIT), None))[0]
+    return with_pixels(found.train, task, rows, pixels_for(ViTConfig(**VIT), None))
+
+
+def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
+    (tmp_path / "cat").mkdir()
+    shades = np.linspace(0, 0xFFFF, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(shades).save(tmp_path / "cat" / "1.png")
+    entry = {"name": "t", "train_folder": str(tmp_path), "eval_folder": str(tmp_path)}
+    pixels = read(ImageTask.from_entry(entry, 1))[0]["pixel_values"]
+    image = Image.fromarray((shades // 256).astype(np.uint8))
+    assert torch.equal(pixels, pixels_for(ViTConfig(**VIT), None)([image])[0])
+    assert len(pixels.unique()) > 32
 
 
 GREY = np.zeros((2, 4, 4), np.uint8)

@@ -114,6 +114,20 @@ def test_settings_of_ewc_in_the_file_hold_for_the_methods_with_ewc():
     assert methods == {"plain": {}, "EWC": {"ewc_lambda": 3.0, "ewc_config": ewc}}
 
 
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"plain": {}, "EWC": {"ewc_lambda": 3.0}, "two": {"ewc_lambda": 1.0}}, "'EWC' and 'two'"),
+        ({"plain": {}, "replay": {"replay_share": 0.2}}, "none has EWC"),
+    ],
+)
+def test_a_setting_of_ewc_that_no_method_takes_is_refused(own, why):
+    with pytest.raises(ValueError, match=f"ewc_lambda is 7.0, which changes none .*{why}"):
+        recipe.checked_methods(own, recipe.EWCConfig(ewc_lambda=7))
+    own["other"] = {"ewc_gamma": 0.9}  # takes it
+    assert recipe.checked_methods(own, recipe.EWCConfig(ewc_lambda=7))["other"]["ewc_config"]
+
+
 # ---- Labels ----
 
 
@@ -141,7 +155,12 @@ def files(folder, train, evaluation):
 
 @pytest.mark.parametrize(
     ("values", "labels"),
-    [(["b", "a"], ["a", "b"]), ([10, 9], ["9", "10"]), (["True", "False"], ["False", "True"])],
+    [
+        (["b", "a"], ["a", "b"]),
+        ([10, 9], ["9", "10"]),
+        (["True", "False"], ["False", "True"]),
+        (["2.0", "1.0"], ["1", "2"]),
+    ],
 )
 def test_names_of_labels_are_read_from_the_data(values, labels, tmp_path):
     rows = "text,label\n" + "".join(f"some words,{value}\n" for value in values)
@@ -186,6 +205,8 @@ GOOD = "text,label\nsome words,a\n"
         ("text,label\n,a\n", GOOD, {}, "train.csv has None in column 'text' of example 1"),
         ("text,label\n5,a\n", GOOD, {}, "train.csv has 5 in column 'text' of example 1"),
         ("text,label\nx,0.5\n", GOOD, {}, "train.csv has the label 0.5"),
+        ("text,label\nx,1\ny,\n", GOOD, {}, "train.csv has 1 examples without a label, the "
+         "first is number 2"),
         (GOOD, GOOD, {"train_file": "nowhere.csv"}, "nowhere.csv does not exist"),
         (GOOD, GOOD, {"train_file": "{}/some.doc"}, "some.doc is none of .csv"),
     ],
@@ -229,6 +250,10 @@ def test_entries_that_are_no_tasks(entry, message):
         ("methods: {EWC: {ewc_lamda: 3}}", "method 'EWC' has the unknown key 'ewc_lamda'; did you "
          "mean 'ewc_lambda'?"),
         ("max_stesp: 3", "two.yaml has the unknown key 'max_stesp'"),
+        ("lora_r: [1, 2]", "two.yaml has lora_r: [1, 2]; needed is a whole number."),
+        ("lora_r: 1.5", "two.yaml has lora_r: 1.5; needed is a whole number."),
+        ("weight_decay: {a: 1}", "two.yaml has weight_decay: {'a': 1}; needed is a number."),
+        ("max_train_samples: 0", "max_train_samples is 0; needed is at least 1."),
     ],
 )  # fmt: skip
 def test_a_fault_in_the_file_is_one_line(added, message, folder, tmp_path, capsys):

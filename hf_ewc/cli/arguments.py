@@ -50,6 +50,7 @@ def parse_arguments(
         if given and given[0].endswith((".yaml", ".yml")):
             content = read_yaml(given[0])
             check_known(content, parser.fields(), given[0])
+            parser.check_kinds(content, given[0])
             preset |= content
             del given[0]
         parser.preset(preset)
@@ -132,12 +133,33 @@ class _Parser(HfArgumentParser):
     def fields(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
 
+    def check_kinds(self, values: Mapping[str, Any], where: str) -> None:
+        """Refuse a value that is no number where one is needed; argparse looks at words alone."""
+        for action in self._actions:
+            value = values.get(action.dest)
+            if value is None or action.type not in (int, float) or action.nargs not in (None, "?"):
+                continue
+            if not _is_number(value, whole=action.type is int):
+                needed = "a whole number" if action.type is int else "a number"
+                raise ValueError(f"{where} has {action.dest}: {value!r:.60}; needed is {needed}.")
+
     def preset(self, values: Mapping[str, Any]) -> None:
         """Take these in place of the defaults, also of fields that have none."""
         self.set_defaults(**values)
         for action in self._actions:
             if action.dest in values:
                 action.required = False
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    """Also as a word, such as '3'."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return False
+    try:
+        number = float(value)
+    except ValueError:
+        return False
+    return not whole or number.is_integer()
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

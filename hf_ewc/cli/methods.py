@@ -43,7 +43,8 @@ def checked_methods(
         further: settings of EWC that a script knows besides.
 
     Raises:
-        ValueError: it is no dict, or a method has a setting that there is not.
+        ValueError: it is no dict, a method has a setting that there is not, or no method takes one
+            of the file's own settings of EWC.
     """
     if methods is None:
         return {}
@@ -59,7 +60,23 @@ def checked_methods(
         own = dict(settings or {})
         check_known(own, known, f"method {name!r}")
         found[str(name)] = {**({"ewc_config": ewc} if of_ewc & own.keys() else {}), **own}
+    _check_taken(ewc, found)
     return found
+
+
+def _check_taken(ewc: EWCConfig, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a setting of EWC outside of `methods:` that changes none of them."""
+    untouched = EWCConfig()
+    for name in (each.name for each in fields(EWCConfig)):
+        value = getattr(ewc, name)
+        users = [method for method, own in methods.items() if "ewc_config" in own]
+        if value == getattr(untouched, name) or any(name not in methods[each] for each in users):
+            continue
+        why = f"{' and '.join(map(repr, users))} set their own" if users else "none has EWC"
+        raise ValueError(
+            f"{name} is {value!r:.60}, which changes none of the methods: {why}. Set it in the "
+            "lines of the methods under `methods:`."
+        )
 
 
 def learn(

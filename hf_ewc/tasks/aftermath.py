@@ -24,7 +24,8 @@ class Aftermath:
 
     Args:
         task: its name.
-        score: of the task itself; None where there is no number.
+        score: of the task itself, as people read it (a perplexity above 0); None where there is no
+            number.
         lost: mean share of their best scores that the earlier tasks have lost.
         penalty: λ/2 Σ F (θ − θ*)², that of L2-SP left out.
         task_loss: the last that was logged; None without logs.
@@ -99,7 +100,7 @@ def aftermath(
         by_layer[layer_of(name)] = by_layer.get(layer_of(name), 0.0) + square
     return Aftermath(
         matrix.tasks[index],
-        None if math.isnan(score) else score,
+        None if math.isnan(score) else matrix.sign(matrix.tasks[index]) * score,
         lost_share(matrix, index),
         sum(0.5 * lambdas[name] * square for name, square in squares.items()),
         float(losses[-1]) if losses else None,

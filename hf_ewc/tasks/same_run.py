@@ -107,8 +107,8 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     if lines:
         raise ValueError(
             f"{path} is of a run with other settings:\n"
-            + "\n".join(lines)
-            + "\nChoose another output_dir, or begin anew with resume=False."
+            + ";\n".join(lines)
+            + ".\nChoose another output_dir, or begin anew with resume=False (--resume false)."
         )
 
 
