@@ -265,3 +265,13 @@ def test_an_anchor_of_zeros_is_not_said_to_be_far(tmp_path, caplog):
     again.train()
     assert again.ewc_penalty() > 0
     assert "far" not in caplog.text
+    caplog.clear()
+    online = trainer_of(
+        again.model,
+        tmp_path / "online",
+        EWCState(importance, dict(state.anchor)),
+        ewc_space="adapter",
+    )
+    online.train()
+    assert "is no longer at its EWC anchor, which is 0, and the penalty is" in caplog.text
+    assert "inf" not in caplog.text

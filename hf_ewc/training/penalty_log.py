@@ -160,11 +160,12 @@ def warn_about(penalty: Penalty, at_anchor: bool) -> None:
     name, distance = max(((t.name, d) for t, d in distances), key=lambda pair: pair[1])
     if at_anchor and distance > AT_ANCHOR:
         logger.warning(
-            "Training does not start from the weights that were consolidated: %s is %.2g times its "
-            "norm away from the EWC anchor, and the penalty is %.3g already. Start from the model "
-            "as it was after the last task.",
+            "Training does not start from the weights that were consolidated: %s is %s, and the "
+            "penalty is %.3g already. Start from the model as it was after the last task.",
             name,
-            distance,
+            "no longer at its EWC anchor, which is 0"
+            if math.isinf(distance)
+            else f"{distance:.2g} times its norm away from the EWC anchor",
             penalty.value(),
         )
 
