@@ -246,10 +246,10 @@ class EWCState:
 
         The importance is held in `dtype`; in half precision with one scale per parameter, in float8
         (E4M3, off by at most 6 %) with one for each 128, so that no positive importance becomes 0.
-        The anchor keeps its precision. With `keep_fraction` below
-        1 only the largest ⌈share · entries⌉ importances of the whole state are kept (those that are
-        0 never), with their anchors, as sparse tensors; all others are unprotected from then on.
-        A parameter of which so much is kept that sparse would be larger is held dense.
+        The anchor keeps its precision. With `keep_fraction` below 1 only the largest ⌈share ·
+        entries⌉ importances of the whole state are kept (those that are 0 never), with their
+        anchors, as sparse tensors; all others are unprotected from then on. A parameter of which so
+        much is kept that sparse would be larger is held dense.
 
         Raises:
             ValueError: another dtype than float32, bfloat16, float16 or float8, a share outside

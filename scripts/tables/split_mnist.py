@@ -3,8 +3,9 @@
     scripts/reproduce split_mnist [--only none exact ...] [--seeds 5] [--max_steps 2000]
 
 Five tasks of two digits, shuffled over the tasks by the seed; a head for each task; MLP 400-400,
-Adam 1e-3, 2000 steps of 128 a task; online EWC, γ = 1. λ was chosen by `--validation`, which has
-the exact Fisher with each λ of a grid, on data kept out of the training data and with other seeds.
+Adam 1e-3, 2000 steps of 128 a task; online EWC, γ = 1. λ = 1e4 is what shorter runs had
+among the best (`choosing_lambda`); `--validation` has the exact Fisher with each λ of a grid, on
+data kept out of the training data and with other seeds.
 The square of the gradient of 128 examples' mean loss is about 1/128 of the mean of squares where
 the examples' gradients do not agree, so λ is 128 times larger there.
 """
