@@ -213,10 +213,14 @@ class Estimation:
             helps = "a smaller batch_size (fisher_batch_size)"
             if not self._ways.alone_may_help:
                 what = f"Of parameters in shards, a batch of {len(batch)} examples does"
-        return torch.OutOfMemoryError(
+        found = torch.OutOfMemoryError(
             f"{what} not fit in memory: {error!s:.200} What helps: {helps}, gradient "
             "checkpointing, fewer parameters (ewc_target_modules), or half precision."
         )
+        if not self._ways.alone_may_help:
+            # The launcher may show the error of another process, which only lost this one.
+            logger.error("%s: %s", type(found).__name__, found)
+        return found
 
     def _add(self, batch: ExampleBatch | None) -> None:
         with self._ways.together():
