@@ -37,6 +37,21 @@ def test_the_command_line_wins_over_the_file_and_that_over_defaults(parse):
 
 
 @pytest.mark.parametrize(
+    ("written", "value"), [("1e3", 1000), ("8.0", 8), ("'7'", 7), ("123456789", 123456789)]
+)
+def test_whole_numbers_are_whole(written, value, parse):
+    _, args, _ = parse(f"model: m\nmax_steps: {written}\n")
+    assert args.max_steps == value
+    assert isinstance(args.max_steps, int)
+
+
+@pytest.mark.parametrize("written", ["auto", "state", "30", "1e4"])
+def test_a_number_or_a_word(written, parse):
+    *_, ewc = parse(f"model: m\newc_lambda: {written}\n")
+    assert str(ewc.ewc_lambda) in (written, "30.0", "10000.0")
+
+
+@pytest.mark.parametrize(
     ("written", "value"),
     [("1e-3", 1e-3), ("1E4", 1e4), ("2.5e+1", 25.0), (".5e1", 5.0), ("3", 3), ("'1e-3'", "1e-3")],
 )

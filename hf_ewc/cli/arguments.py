@@ -50,8 +50,7 @@ def parse_arguments(
         if given and given[0].endswith((".yaml", ".yml")):
             content = read_yaml(given[0])
             check_known(content, parser.fields(), given[0])
-            parser.check_kinds(content, given[0])
-            preset |= content
+            preset |= content | parser.numbers(content, given[0])
             del given[0]
         parser.preset(preset)
         *found, unknown = parser.parse_args_into_dataclasses(
@@ -133,15 +132,25 @@ class _Parser(HfArgumentParser):
     def fields(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
 
-    def check_kinds(self, values: Mapping[str, Any], where: str) -> None:
-        """Refuse a value that is no number where one is needed; argparse looks at words alone."""
+    def numbers(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Those of the values that have to be numbers, 1e3 as 1000 where it has to be whole.
+
+        Argparse looks at words alone.
+
+        Raises:
+            ValueError: one is none; `where` it stands.
+        """
+        found = {}
         for action in self._actions:
             value = values.get(action.dest)
             if value is None or action.type not in (int, float) or action.nargs not in (None, "?"):
                 continue
-            if not _is_number(value, whole=action.type is int):
-                needed = "a whole number" if action.type is int else "a number"
+            whole = action.type is int
+            if not _is_number(value, whole):
+                needed = "a whole number" if whole else "a number"
                 raise ValueError(f"{where} has {action.dest}: {value!r:.60}; needed is {needed}.")
+            found[action.dest] = int(float(value)) if whole else value
+        return found
 
     def preset(self, values: Mapping[str, Any]) -> None:
         """Take these in place of the defaults, also of fields that have none."""
