@@ -193,13 +193,27 @@ def test_links_are_followed_as_the_cache_of_the_hub_has_them(tmp_path):
     assert EWCState.from_pretrained(tmp_path / "here" / "deep" / "ewc") == state
 
 
-@pytest.mark.parametrize("content", [None, {"model.bin": b"x"}, {"model.safetensors": b"x" * 99}])
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        {"model.bin": b"x"},
+        {"model.safetensors": b"x" * 99},
+        {INDEX: b"{"},
+        {INDEX: b"{}"},
+        {INDEX: b'{"weight_map": [1]}'},
+        {INDEX: b'{"weight_map": {"w": "gone.safetensors"}}'},
+    ],
+)
 def test_what_holds_no_weights_is_refused(content, tmp_path):
     for name, data in (content or {}).items():
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / name).write_bytes(data)
     with pytest.raises(
-        ValueError, match=r"holds no weights in safetensors|not a whole safetensors"
+        ValueError, match=r"holds no weights in safetensors|not a whole safetensors|no index of"
     ):
         make().save_pretrained(tmp_path / "ewc", checkpoint=tmp_path / "model")
     assert not (tmp_path / "ewc").exists()

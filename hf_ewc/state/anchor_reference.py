@@ -29,14 +29,13 @@ def weight_files(checkpoint: Path) -> list[Path]:
     """The safetensors files with a model's weights: `checkpoint` itself, or those in this folder.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or their index is damaged.
     """
     if checkpoint.is_file() and checkpoint.suffix == ".safetensors":
         return [checkpoint]
     index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [checkpoint / name for name in sorted(set(named))]
+        return [checkpoint / name for name in _shards(index)]
     found = sorted(checkpoint.glob("*.safetensors"))
     files = [path for path in found if not TENSOR_FILE.fullmatch(path.name)]
     if not files:
@@ -45,6 +44,13 @@ def weight_files(checkpoint: Path) -> list[Path]:
             "anchor; save the model there first, or save the state without checkpoint=."
         )
     return files
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of a model's weights: {error!r:.120}.") from None
 
 
 def found_in(anchors: Mapping[str, Tensor], checkpoint: Path) -> dict[str, Place]:
