@@ -249,29 +249,28 @@ def test_patterns_name_the_weights(tmp_path):
     trainer.train()
 
 
-def test_an_anchor_of_zeros_is_not_said_to_be_far(tmp_path, caplog):
-    trainer = trainer_of(lora(MODELS["llama"]()), tmp_path, ewc_space="adapter")
-    state = trainer.consolidate()
+def left_an_anchor_of_zeros(tmp_path, **settings):
+    """A trainer whose B has moved from where it was consolidated, which is 0."""
+    model = lora(MODELS["llama"]())
+    first = trainer_of(model, tmp_path / "1", ewc_space="adapter")
+    state = first.consolidate()
+    first.train()
     importance = {name: torch.ones_like(value) for name, value in state.anchor.items()}
-    trainer.train()  # which moves B away from 0
+    ones = EWCState(importance, dict(state.anchor))
+    return trainer_of(model, tmp_path / "2", ones, ewc_space="adapter", **settings)
+
+
+def test_an_anchor_of_zeros_is_not_said_to_be_far(tmp_path, caplog):
+    trainer = left_an_anchor_of_zeros(tmp_path, ewc_mode="separate")
     caplog.clear()
-    again = trainer_of(
-        trainer.model,
-        tmp_path / "again",
-        EWCState(importance, dict(state.anchor)),
-        ewc_space="adapter",
-        ewc_mode="separate",
-    )
-    again.train()
-    assert again.ewc_penalty() > 0
+    trainer.train()
+    assert trainer.ewc_penalty() > 0
     assert "far" not in caplog.text
+
+
+def test_that_training_does_not_start_from_zeros_is_said_in_words(tmp_path, caplog):
+    trainer = left_an_anchor_of_zeros(tmp_path)
     caplog.clear()
-    online = trainer_of(
-        again.model,
-        tmp_path / "online",
-        EWCState(importance, dict(state.anchor)),
-        ewc_space="adapter",
-    )
-    online.train()
+    trainer.train()
     assert "is no longer at its EWC anchor, which is 0, and the penalty is" in caplog.text
     assert "inf" not in caplog.text

@@ -102,9 +102,8 @@ class EWCState:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that this process holds; sparse positions are counted once."""
-        return self.importance.nbytes + sum(
-            sharding.local_part(self.anchor.packed(name).values).nbytes for name in self.anchor
-        )
+        anchors = (self.anchor.packed(name).values for name in self.anchor)
+        return self.importance.nbytes + sum(sharding.local_part(c).nbytes for c in anchors)
 
     def packed(self, name: str) -> tuple[PackedTensor, PackedTensor]:
         """Importance and anchor of one parameter as they are held; sparse ones share `indices`."""
@@ -172,9 +171,8 @@ class EWCState:
             raise TypeError(
                 f"name is a {type(name).__name__}, {name!r}; a task's name is a string."
             )
-        work = Consolidation(
-            self.importance, self.anchor, self.offsets, fisher, parameters, settings
-        )
+        held = self.importance, self.anchor, self.offsets
+        work = Consolidation(*held, fisher, parameters, settings)
         name = f"task_{self.num_tasks + 1}" if name is None else name
         record = TaskRecord.now(name, fisher, settings.weight, settings.ewc_lambda)
         tasks, metadata = (*self.tasks, record), {**self.metadata, "unit": "label"}
@@ -194,10 +192,8 @@ class EWCState:
         """
         parameters = weights_named(self.importance, model)
         self._check_names(model, values_needed=True)
-        terms = [
-            half_square(*self.packed(name), differentiable(parameters[name]))
-            for name in self.importance
-        ]
+        thetas = ((name, differentiable(parameters[name])) for name in self.importance)
+        terms = [half_square(*self.packed(name), theta) for name, theta in thetas]
         return sum_of(terms, next(model.parameters(), torch.zeros(())).device) + self.offset
 
     def merge(self, model: nn.Module) -> nn.Module:
@@ -397,9 +393,8 @@ class EWCState:
         )
 
     def _check_names(self, model: nn.Module, values_needed: bool) -> None:
-        fit.check_names(
-            self.importance.shapes, self.metadata.get("fingerprint"), model, values_needed
-        )
+        known = self.metadata.get("fingerprint")
+        fit.check_names(self.importance.shapes, known, model, values_needed)
 
     def _check_fingerprint(self, model: nn.Module) -> None:
         fit.check_fingerprint(self.metadata.get("fingerprint"), self.importance, model)
