@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.choice import uniforms
+from hf_ewc.fisher.likelihood.choices import Choices, Decided
 from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.reader import LabelReader
 from hf_ewc.fisher.likelihood.slices import unseen
@@ -59,6 +60,7 @@ class Passes:
         self._plan = plan
         self._never_none = never_none
         self._reader = LabelReader(model, in_full=never_none)
+        self._decided: Decided | None = None
 
     def __call__(self, batch: ExampleBatch) -> Iterator[Tensor]:
         """The objectives; what the model's outputs mean is settled now, before it runs for them."""
@@ -91,6 +93,15 @@ class Passes:
             yield
         finally:
             self.num_examples, self.num_labels = counted
+
+    @contextlib.contextmanager
+    def deciding_once(self) -> Iterator[None]:
+        """What is drawn for an example inside is drawn again for it, whatever its outputs then."""
+        self._decided = {}
+        try:
+            yield
+        finally:
+            self._decided = None
 
     @contextlib.contextmanager
     def counted_if_done(self) -> Iterator[None]:
@@ -144,16 +155,18 @@ class Passes:
 
     def _expectation(self, distribution: Distribution, ids: Sequence[int]) -> Iterator[Tensor]:
         if self.fisher_type == "exact":
-            yield from distribution.exact()
+            yield from distribution.exact(self._choices(ids))
         elif self.fisher_type == "sampled":
             for draw in range(self._plan.num_draws):
-
-                def numbers(count: int, n: int, draw: int = draw) -> Tensor:
-                    return uniforms(self._plan.seed, ids[n], draw, count)
-
-                yield distribution.sampled(numbers) / self._plan.num_draws**0.5
+                yield distribution.sampled(self._choices(ids, draw)) / self._plan.num_draws**0.5
         else:
             yield distribution.empirical()
+
+    def _choices(self, ids: Sequence[int], draw: int = 0) -> Choices:
+        def numbers(count: int, n: int) -> Tensor:
+            return uniforms(self._plan.seed, ids[n], draw, count)
+
+        return Choices(numbers, ids, self._decided, place=(draw,))
 
 
 def _unseen(stream: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -91,9 +91,10 @@ class Replicas:
         unproved = proofs.unproved(before)
         sketch = Sketch(example)
         try:
-            self._fast.add(batch, passes, sketch)
-            with passes.uncounted():
-                found = compare_with_alone(self._model, self._parameters, batch, passes, sketch)
+            with passes.deciding_once():
+                self._fast.add(batch, passes, sketch)
+                with passes.uncounted():
+                    found = compare_with_alone(self._model, self._parameters, batch, passes, sketch)
             if found.wrong:
                 raise Mixed(found.wrong, sorted(set(found.wrong) & set(unproved)))
         except Exception:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_ewc.fisher.labels import IGNORED
 from hf_ewc.fisher.likelihood.categorical import draw_classes
-from hf_ewc.fisher.likelihood.distribution import Distribution, Uniforms
+from hf_ewc.fisher.likelihood.choices import Choices
+from hf_ewc.fisher.likelihood.distribution import Distribution
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,13 @@ class Alignments(Distribution):
     def empirical(self) -> Tensor:
         return self._log_probabilities(self.labels).sum()
 
-    def sampled(self, uniforms: Uniforms) -> Tensor:
+    def sampled(self, choices: Choices) -> Tensor:
         """A path drawn frame by frame, collapsed, is a draw from p(y | x)."""
         log_p = self.log_probabilities.detach()
         drawn = torch.full(log_p.shape[:2], IGNORED, device=log_p.device)
         for n, count in enumerate(self.frames.tolist()):
-            path = draw_classes(log_p[n, :count], uniforms(count, n).to(log_p.device))
+            numbers = choices.uniforms(count, n).to(log_p.device)
+            path = choices.settled(n, draw_classes(log_p[n, :count], numbers))
             merged = torch.unique_consecutive(path)
             kept = merged[merged != self.blank]
             drawn[n, : len(kept)] = kept
@@ -76,7 +78,7 @@ class Alignments(Distribution):
         )
         return torch.where(self.labelled, -losses, 0.0)
 
-    def exact(self) -> Iterator[Tensor]:
+    def exact(self, choices: Choices) -> Iterator[Tensor]:
         raise ValueError(
             "The expectation over all label sequences of a CTC head cannot be enumerated, so "
             "fisher_type='exact' is not to be had; use 'sampled', which draws label sequences from "

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.labels import IGNORED
-from hf_ewc.fisher.likelihood.distribution import Distribution, Uniforms, at_least_fp32
+from hf_ewc.fisher.likelihood.choices import Choices
+from hf_ewc.fisher.likelihood.distribution import Distribution, at_least_fp32
 from hf_ewc.fisher.likelihood.slices import log_likelihood, rows_in_slice, slices
 
 
@@ -49,27 +50,30 @@ class Categorical(Distribution):
     def empirical(self) -> Tensor:
         return self._log_probability(self.labels)
 
-    def sampled(self, uniforms: Uniforms) -> Tensor:
+    def sampled(self, choices: Choices) -> Tensor:
         drawn = self.labels.clone()
         for n, positions in enumerate(self._there):
             rows = positions.nonzero().flatten()
-            draws = uniforms(len(rows), n).to(self.logits.device)
-            drawn[n, rows] = draw_classes(self.logits[n].detach(), draws, rows)
+            draws = choices.uniforms(len(rows), n).to(self.logits.device)
+            drawn[n, rows] = choices.settled(n, draw_classes(self.logits[n].detach(), draws, rows))
         return self._log_probability(drawn)
 
     def _log_probability(self, labels: Tensor) -> Tensor:
         return log_likelihood(self.logits, labels)
 
-    def exact(self) -> Iterator[Tensor]:
+    def exact(self, choices: Choices) -> Iterator[Tensor]:
         """diag(p) − ppᵀ = Σ_k u_k u_kᵀ with C − 1 terms, so that G_n = Jₙᵀ u_k, k = 1 … C − 1.
 
         C is the largest number of classes with a probability above 0 at any position.
         """
         logits = at_least_fp32(self.logits)
         probabilities = _probabilities(logits)
-        for positions in _nth_labelled(self._there):
-            own = logits[positions]
-            for factor in _multinomial_factors(probabilities[positions]):
+        for i, positions in enumerate(_nth_labelled(self._there)):
+            own, p = logits[positions], probabilities[positions]
+            falling = p.argsort(-1, descending=True)
+            examples = positions[0].tolist()
+            order = [choices.settled(n, row, i) for n, row in zip(examples, falling, strict=True)]
+            for factor in _multinomial_factors(p, torch.stack(order)):
                 yield (own.masked_fill(factor == 0, 0.0) * factor.to(own.dtype)).sum()
 
     def graph_output(self) -> Tensor:
@@ -136,16 +140,16 @@ def _nth_labelled(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield examples, positions
 
 
-def _multinomial_factors(probabilities: Tensor) -> Iterator[Tensor]:
+def _multinomial_factors(probabilities: Tensor, order: Tensor) -> Iterator[Tensor]:
     """The columns u_k (M, C) of the Cholesky factor of diag(p) − ppᵀ, as many as are not zero.
 
     In closed form (Tanabe & Sagae 1992): with the tails q_k = Σ_{i>k} p_i,
     u_k = √(p_k q_k / q_{k−1}) (e_k − Σ_{i>k} (p_i / q_k) e_i). For two classes this is the one
-    backward of (l₀ − l₁)·√(p₀p₁). Classes are taken by falling probability, each row's own order,
-    so that those of probability 0 come last and end the sum.
+    backward of (l₀ − l₁)·√(p₀p₁). Classes are taken in each row's own `order` (M, C), by falling
+    probability, so that those of probability 0 come last and end the sum.
     """
     tiny = torch.finfo(probabilities.dtype).tiny
-    falling, order = probabilities.sort(-1, descending=True)
+    falling = probabilities.gather(-1, order)
     tails = falling.flip(-1).cumsum(-1).flip(-1)  # q_{k−1} = p_k + p_{k+1} + …
     for k in range(int((falling > 0).sum(-1).max()) - 1):
         p, before, after = falling[:, k], tails[:, k], tails[:, k + 1]

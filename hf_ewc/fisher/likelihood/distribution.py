@@ -9,13 +9,12 @@ zero, so their squared scores add up in expectation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# (count, example) → `count` uniform numbers that depend on the example and the seed alone.
-Uniforms = Callable[[int, int], Tensor]
+from hf_ewc.fisher.likelihood.choices import Choices
 
 
 class Distribution(ABC):
@@ -49,11 +48,11 @@ class Distribution(ABC):
         """Σ_n log p(y_n | x_n), y_n the true label: G_n is its score."""
 
     @abstractmethod
-    def sampled(self, uniforms: Uniforms) -> Tensor:
+    def sampled(self, choices: Choices) -> Tensor:
         """Σ_n log p(ỹ_n | x_n) with ỹ_n ~ p(· | x_n)."""
 
     @abstractmethod
-    def exact(self) -> Iterator[Tensor]:
+    def exact(self, choices: Choices) -> Iterator[Tensor]:
         """Objectives whose squared gradients add up to E_y[(∂ log p(y | x_n))²]."""
 
     @abstractmethod
@@ -78,9 +77,9 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def numbers_like(uniforms: Uniforms, like: Tensor) -> Tensor:
+def numbers_like(choices: Choices, like: Tensor) -> Tensor:
     """A uniform number for each entry of `like`, (B, D), by the example that it is of."""
-    rows = [uniforms(like.shape[-1], n) for n in range(like.shape[0])]
+    rows = [choices.uniforms(like.shape[-1], n) for n in range(like.shape[0])]
     return torch.stack(rows).to(like.device)
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ewc.fisher.labels import are_there
+from hf_ewc.fisher.likelihood.choices import Choices
 from hf_ewc.fisher.likelihood.distribution import (
     Distribution,
-    Uniforms,
     at_least_fp32,
     numbers_like,
     one_by_one,
@@ -56,7 +56,7 @@ class Independent(Distribution):
         """(B, D): E[(∂ log p / ∂ output)²]^½ of each output, 0 where its label is missing."""
         raise NotImplementedError
 
-    def exact(self) -> Iterator[Tensor]:
+    def exact(self, choices: Choices) -> Iterator[Tensor]:
         outputs = at_least_fp32(self.outputs)
         yield from one_by_one(outputs, self.deviations().to(outputs.dtype))
 
@@ -83,8 +83,9 @@ class Bernoulli(Independent):
         logits, labels = self._present()
         return -F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
 
-    def sampled(self, uniforms: Uniforms) -> Tensor:
-        drawn = numbers_like(uniforms, self.outputs) < self.outputs.detach().sigmoid()
+    def sampled(self, choices: Choices) -> Tensor:
+        rows = numbers_like(choices, self.outputs) < self.outputs.detach().sigmoid()
+        drawn = torch.stack([choices.settled(n, row) for n, row in enumerate(rows)])
         labels = drawn.double().masked_fill(~self.there, math.nan)
         return replace(self, labels=labels).empirical()
 
@@ -101,8 +102,8 @@ class Gaussian(Independent):
         means, labels = self._present()
         return -0.5 * (labels - means).square().sum()
 
-    def sampled(self, uniforms: Uniforms) -> Tensor:
-        noise = math.sqrt(2.0) * torch.erfinv(2.0 * numbers_like(uniforms, self.outputs) - 1.0)
+    def sampled(self, choices: Choices) -> Tensor:
+        noise = math.sqrt(2.0) * torch.erfinv(2.0 * numbers_like(choices, self.outputs) - 1.0)
         means, _ = self._present()
         return (means * noise[self.there].to(means.dtype)).sum()
 

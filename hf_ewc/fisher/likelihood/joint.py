@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ewc.fisher.likelihood.distribution import Distribution, Uniforms
+from hf_ewc.fisher.likelihood.choices import Choices
+from hf_ewc.fisher.likelihood.distribution import Distribution
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,13 @@ class Joint(Distribution):
     def empirical(self) -> Tensor:
         return torch.stack([factor.empirical() for factor in self.factors]).sum()
 
-    def sampled(self, uniforms: Uniforms) -> Tensor:
-        def shifted(offset: int) -> Uniforms:
-            return lambda count, example: uniforms(count + offset, example)[offset:]
-
-        drawn = [factor.sampled(shifted(i)) for i, factor in enumerate(self.factors)]
+    def sampled(self, choices: Choices) -> Tensor:
+        drawn = [f.sampled(choices.of_factor(i)) for i, f in enumerate(self.factors)]
         return torch.stack(drawn).sum()
 
-    def exact(self) -> Iterator[Tensor]:
-        for factor in self.factors:
-            yield from factor.exact()
+    def exact(self, choices: Choices) -> Iterator[Tensor]:
+        for i, factor in enumerate(self.factors):
+            yield from factor.exact(choices.of_factor(i))
 
     def losses(self) -> list[Tensor]:
         """Also the mean over the outputs of each one's own mean."""

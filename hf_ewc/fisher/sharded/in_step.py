@@ -120,7 +120,7 @@ class InStep:
                 continue
             structure, pair = proposal
             done.add(structure)
-            with passes.uncounted():
+            with passes.uncounted(), passes.deciding_once():
                 found = self._compare(pair.to(self._device), passes)
             if found.wrong:
                 unproved = proofs.unproved(self._fast.totals())
