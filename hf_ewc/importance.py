@@ -29,9 +29,12 @@ class Fisher:
         labels_per_example: T, the mean number of labels of an example, over which log p is a sum:
             1 for a classifier, the labelled tokens of a sequence for a language model. Losses are
             means over labels, so a state holds F / T.
+        confidence: the mean over the labels of max_c p(c | x), which is 1 where the model is sure
+            of all of them, and F near 0; None where labels are no classes, or it is not known.
 
     Raises:
-        ValueError: an entry is below zero or not finite, N or T is below 1, the type is unknown.
+        ValueError: an entry is below zero or not finite, N or T is below 1, the type is unknown,
+            the confidence no share.
         TypeError: an entry is not a floating-point tensor.
     """
 
@@ -39,6 +42,7 @@ class Fisher:
     num_examples: int = 1
     fisher_type: str = "exact"
     labels_per_example: float = 1.0
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         if self.fisher_type not in FISHER_TYPES:
@@ -54,6 +58,8 @@ class Fisher:
                 f"labels_per_example is {self.labels_per_example!r}; an example that counts has at "
                 "least one label."
             )
+        if self.confidence is not None and not 0.0 <= self.confidence <= 1.0:
+            raise ValueError(f"confidence is {self.confidence!r}; a probability is in 0 to 1.")
         checked = {name: _checked(name, value) for name, value in self.diagonal.items()}
         object.__setattr__(self, "diagonal", checked)
 
@@ -66,8 +72,8 @@ class Fisher:
         if not isinstance(other, Fisher):
             return NotImplemented
         return (
-            (self.num_examples, self.fisher_type, self.labels_per_example)
-            == (other.num_examples, other.fisher_type, other.labels_per_example)
+            (self.num_examples, self.fisher_type, self.labels_per_example, self.confidence)
+            == (other.num_examples, other.fisher_type, other.labels_per_example, other.confidence)
             and self.diagonal.keys() == other.diagonal.keys()
             and all(torch.equal(f, other.diagonal[name]) for name, f in self.diagonal.items())
         )

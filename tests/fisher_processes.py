@@ -117,11 +117,12 @@ def save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def replicas(folder: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"counts": {}}
+    result: dict[str, Any] = {"counts": {}, "confidence": {}}
     for case in CASES:
         fisher = fisher_of(case, nn.parallel.DistributedDataParallel if case == "exact" else _same)
         save(whole(fisher), folder / f"{case}.safetensors")
         result["counts"][case] = fisher.num_examples
+        result["confidence"][case] = fisher.confidence
     for name, data in sources().items():
         fisher = estimate_fisher(bert(), data, batch_size=3)
         save(whole(fisher), folder / f"source_{name}.safetensors")
@@ -241,7 +242,7 @@ def partitioned(model: nn.Module) -> nn.Module:
 
 def shards_of(folder: Path, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
     held = _watch_flushes()
-    result: dict[str, Any] = {"counts": {}, "held": {}, "shards": {}}
+    result: dict[str, Any] = {"counts": {}, "confidence": {}, "held": {}, "shards": {}}
     for case in CASES:
         held.clear()
         model = wrap(CASES[case][0]())
@@ -250,6 +251,7 @@ def shards_of(folder: Path, wrap: Callable[[nn.Module], nn.Module]) -> dict[str,
         assert left_behind(model) == before, case
         save(whole(fisher), folder / f"{case}.safetensors")
         result["counts"][case] = fisher.num_examples
+        result["confidence"][case] = fisher.confidence
         size = sum(value.numel() for value in fisher.diagonal.values())
         own = sum(value.to_local().numel() for value in fisher.diagonal.values())
         result["held"][case] = max(held, default=0) / size

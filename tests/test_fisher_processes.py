@@ -50,9 +50,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def on_one_process(case: str) -> tuple[dict[str, Tensor], int]:
+def on_one_process(case: str) -> tuple[dict[str, Tensor], int, float]:
     fisher = fisher_of(case)
-    return dict(fisher.diagonal), fisher.num_examples
+    assert fisher.confidence is not None
+    return dict(fisher.diagonal), fisher.num_examples, fisher.confidence
 
 
 def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -69,8 +70,9 @@ def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
 def test_replicas_share_the_examples(processes: int, tmp_path: Path) -> None:
     result = result_of("replicas", tmp_path, processes)
     for case in CASES:
-        expected, count = on_one_process(case)
+        expected, count, sure = on_one_process(case)
         assert result["counts"][case] == count, case
+        assert result["confidence"][case] == pytest.approx(sure, rel=1e-5), case
         assert relative_error(load_file(tmp_path / f"{case}.safetensors"), expected) < 1e-6, case
     everything = estimate_fisher(bert(), Examples("bert", 11)).diagonal
     for path in tmp_path.glob("source_*.safetensors"):
@@ -92,8 +94,9 @@ def test_shards_add_up_to_the_same(
     folder = sharded(action, processes)
     result = read_result(folder)
     for case in CASES:
-        expected, count = on_one_process(case)
+        expected, count, sure = on_one_process(case)
         assert result["counts"][case] == count, case
+        assert result["confidence"][case] == pytest.approx(sure, rel=1e-5), case
         assert relative_error(load_file(folder / f"{case}.safetensors"), expected) < 1e-5, case
         assert result["shards"][case] < 1.1 / processes + 0.05, case
         assert result["held"][case] < 0.8, case

@@ -70,10 +70,11 @@ def in_words(found: dict[str, Any]) -> str:
 def _tasks(tasks: list[dict[str, Any]]) -> str:
     rows = [
         [in_markdown(t["name"]), str(t["num_examples"]), t["fisher_type"], f"{t['weight']:g}",
-         _number(t["fisher_trace"]), _number(t["ewc_lambda"]), t["date"]]
+         _number(t["fisher_trace"]), _number(t["confidence"]), _number(t["ewc_lambda"]), t["date"]]
         for t in tasks
     ]  # fmt: skip
-    header = ["task", "examples", "Fisher", "weight", "trace", "learnt with λ", "consolidated"]
+    header = ["task", "examples", "Fisher", "weight", "trace", "confidence", "learnt with λ",
+              "consolidated"]  # fmt: skip
     return table(header, rows) if rows else ""
 
 

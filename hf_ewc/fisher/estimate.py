@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_ewc.fisher.counts import Counts
 from hf_ewc.fisher.estimation import Estimation, warn_of_slowness
 from hf_ewc.fisher.examples.batch import Collator
 from hf_ewc.fisher.examples.sources import Selection, source_of
@@ -223,7 +224,8 @@ def _finished(
     estimation: Estimation, processes: Processes, plan: Plan, num_samples: int | None
 ) -> Fisher:
     """The mean over the examples of all processes, checked in each of them."""
-    count = processes.total(estimation.num_examples)
+    counts = _of_all(estimation.counts, processes)
+    count = counts.examples
     if count == 0:
         raise ValueError(
             "No usable examples: the data set is empty, or no example has a labelled position "
@@ -239,8 +241,13 @@ def _finished(
     diagonal = {name: total.div_(divisor).float() for name, total in estimation.totals().items()}
     with processes.together():
         _require_finite(diagonal)
-    labels = processes.total(estimation.num_labels) / count
-    return Fisher(diagonal, count, estimation.fisher_type, max(labels, 1.0))
+    labels = max(counts.labels / count, 1.0)
+    return Fisher(diagonal, count, estimation.fisher_type, labels, counts.confidence)
+
+
+def _of_all(own: Counts, processes: Processes) -> Counts:
+    examples, labels, sure, classed = processes.sums(astuple(own))
+    return Counts(int(examples), int(labels), sure, int(classed))
 
 
 def _require_finite(diagonal: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from hf_ewc.fisher.counts import Counts
 from hf_ewc.fisher.engine.protocol import UncoveredUse
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.sources import Source
@@ -102,12 +103,8 @@ class Estimation:
         self._most: int | None = None  # examples of a batch that fit in memory, once it ran out
 
     @property
-    def num_examples(self) -> int:
-        return self._passes.num_examples
-
-    @property
-    def num_labels(self) -> int:
-        return self._passes.num_labels
+    def counts(self) -> Counts:
+        return self._passes.counts
 
     @property
     def fisher_type(self) -> str:
@@ -132,12 +129,12 @@ class Estimation:
                 self._settle_type(first)
             least = 0
             while not self._whole(source, bar):
-                least = max(least, self._passes.num_examples)
+                least = max(least, self.counts.examples)
                 source = self._from_its_beginning(again)
-        if self._passes.num_examples < least:
+        if self.counts.examples < least:
             raise ValueError(
-                f"The data gave {least} examples, and {self._passes.num_examples} when they were "
-                "read again since memory ran out. Give a data set, or smaller batches."
+                f"The data gave {least} examples, and {self.counts.examples} when they were read "
+                "again since memory ran out. Give a data set, or smaller batches."
             )
 
     def _settle_type(self, first: ExampleBatch) -> None:

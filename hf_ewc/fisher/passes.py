@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ewc.fisher.counts import Counts, counted
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.choice import uniforms
 from hf_ewc.fisher.likelihood.choices import Choices, Decided
@@ -53,8 +54,7 @@ class Passes:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, *, never_none: bool = False) -> None:
-        self.num_examples = 0
-        self.num_labels = 0
+        self.counts = Counts()
         self.fisher_type = plan.fisher_type
         self._model = model
         self._plan = plan
@@ -83,16 +83,16 @@ class Passes:
 
     def begin_again(self) -> None:
         """No example has been counted yet."""
-        self.num_examples = self.num_labels = 0
+        self.counts = Counts()
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
         """The examples of passes inside do not count."""
-        counted = self.num_examples, self.num_labels
+        before = self.counts
         try:
             yield
         finally:
-            self.num_examples, self.num_labels = counted
+            self.counts = before
 
     @contextlib.contextmanager
     def deciding_once(self) -> Iterator[None]:
@@ -106,11 +106,11 @@ class Passes:
     @contextlib.contextmanager
     def counted_if_done(self) -> Iterator[None]:
         """The examples of passes inside do not count where an error ends them."""
-        counted = self.num_examples, self.num_labels
+        before = self.counts
         try:
             yield
         except BaseException:
-            self.num_examples, self.num_labels = counted
+            self.counts = before
             raise
 
     def _scaled(self, batch: ExampleBatch) -> Iterator[Tensor]:
@@ -123,8 +123,8 @@ class Passes:
         values = self._plan.log_likelihood(self._model, batch.inputs)
         _check_values(values, batch)
         kept = _kept(batch, values.device)
-        self.num_examples += len(batch) - batch.padding
-        self.num_labels += len(batch) - batch.padding
+        number = len(batch) - batch.padding
+        self.counts += Counts(number, number)
         self.fisher_type = "batched" if self._plan.fisher_type == "batched" else "empirical"
         values = torch.where(kept, values, values.detach()) if batch.padding else values
         yield _finite(values.sum(), batch)
@@ -134,9 +134,9 @@ class Passes:
         kept = _kept(batch, distribution.labelled.device)
         if batch.padding:
             distribution = distribution.without(~kept)
-        self.num_examples += int((distribution.labelled & kept).sum())
-        self.num_labels += distribution.num_labels
         with unseen():
+            number = int((distribution.labelled & kept).sum())
+            self.counts += counted(distribution, number)
             self.fisher_type = self._settled_type(distribution)
         objective = None
         for objective in _unseen(self._expectation(distribution, batch.ids)):

@@ -52,15 +52,11 @@ class Processes:
         dist.all_reduce(sent, dist.ReduceOp.MAX)
         return [int(value) for value in sent.tolist()]
 
-    def total(self, value: int) -> int:
-        """The sum of a count over the processes."""
-        return int(self.sums([value], torch.int64)[0])
-
-    def sums(self, values: Sequence[float], dtype: torch.dtype = torch.float64) -> list[float]:
-        """The sum of each value over the processes."""
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over the processes, in fp64."""
         if self.size == 1:
             return list(values)
-        sent = torch.tensor(values, dtype=dtype, device=self.device)
+        sent = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sent)
         return list(sent.tolist())
 

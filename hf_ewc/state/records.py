@@ -30,6 +30,8 @@ class TaskRecord:
             kept.
         ewc_lambda: λ by which earlier tasks were held while this one was trained; None where none
             were, or it is not known.
+        confidence: mean probability of the most probable class where its Fisher was estimated
+            (`Fisher.confidence`); None where there is none, or it was not kept yet.
 
     Raises:
         ValueError: a value is of another type or out of its range.
@@ -43,6 +45,7 @@ class TaskRecord:
     labels_per_example: float = 1.0
     fisher_trace: float | None = None
     ewc_lambda: float | None = None
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "fisher_type", "date"):
@@ -56,10 +59,12 @@ class TaskRecord:
         labels = self.labels_per_example
         if not is_number(labels) or labels < 1:
             raise ValueError(f"labels_per_example of a task is {labels!r:.80}; at least 1.")
-        for field in ("fisher_trace", "ewc_lambda"):
+        for field in ("fisher_trace", "ewc_lambda", "confidence"):
             value = getattr(self, field)
             if value is not None and not is_number(value):
                 raise ValueError(f"{field} of a task is {value!r:.80}; finite and at least 0.")
+        if self.confidence is not None and self.confidence > 1.0:
+            raise ValueError(f"confidence of a task is {self.confidence!r:.80}; at most 1.")
 
     @classmethod
     def now(
@@ -68,8 +73,17 @@ class TaskRecord:
         """The record of a task that is consolidated at this moment."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         labels = float(fisher.labels_per_example)
-        kind, trace = fisher.fisher_type, fisher.trace / labels
-        return cls(name, fisher.num_examples, kind, float(weight), date, labels, trace, ewc_lambda)
+        return cls(
+            name,
+            fisher.num_examples,
+            fisher.fisher_type,
+            float(weight),
+            date,
+            labels_per_example=labels,
+            fisher_trace=fisher.trace / labels,
+            ewc_lambda=ewc_lambda,
+            confidence=fisher.confidence,
+        )
 
 
 def check_records(tasks: Iterable[TaskRecord]) -> None:

@@ -11,13 +11,14 @@ from hf_ewc.state.ewc_state import EWCState
 
 
 def fishers_of(state: EWCState) -> list[dict[str, Any]]:
-    """Name, examples, type and Σ F of each task; no dates, which differ from run to run."""
+    """Name, examples, type, Σ F and confidence of each task; no dates, which change by the run."""
     return [
         {
             "task": task.name,
             "examples": task.num_examples,
             "fisher_type": task.fisher_type,
             "trace": task.fisher_trace,
+            "confidence": task.confidence,
         }
         for task in state.tasks
     ]
@@ -30,8 +31,13 @@ def fisher_table(fishers: Sequence[Mapping[str, Any]]) -> str:
             in_markdown(found["task"]),
             str(found["examples"]),
             found["fisher_type"],
-            "" if found["trace"] is None else f"{found['trace']:.3g}",
+            _figure(found["trace"], ".3g"),
+            _figure(found.get("confidence"), ".3f"),
         ]
         for found in fishers
     ]
-    return table(["task", "examples", "Fisher", "trace Σ F"], rows)
+    return table(["task", "examples", "Fisher", "trace Σ F", "confidence"], rows)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

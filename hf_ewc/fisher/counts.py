@@ -1,0 +1,75 @@
+"""What is counted as the batches of an estimate go by: examples, labels, how sure the model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ewc.fisher.labels import IGNORED
+from hf_ewc.fisher.likelihood.categorical import Categorical
+from hf_ewc.fisher.likelihood.distribution import Distribution, at_least_fp32
+from hf_ewc.fisher.likelihood.independent import Bernoulli
+from hf_ewc.fisher.likelihood.joint import Joint
+from hf_ewc.fisher.likelihood.slices import slices
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of this process so far.
+
+    Args:
+        examples: with at least one label.
+        labels: over all examples and positions.
+        sure: Σ over labels of max_c p(c | x), for those that are one of several classes.
+        classed: how many labels these are.
+    """
+
+    examples: int = 0
+    labels: int = 0
+    sure: float = 0.0
+    classed: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.examples + other.examples,
+            self.labels + other.labels,
+            self.sure + other.sure,
+            self.classed + other.classed,
+        )
+
+    @property
+    def confidence(self) -> float | None:
+        """The mean of max_c p(c | x) over all labels; None where some are not of classes."""
+        return self.sure / self.labels if self.labels and self.classed == self.labels else None
+
+
+@torch.no_grad()
+def counted(distribution: Distribution, examples: int) -> Counts:
+    """What a batch adds, `examples` of which count."""
+    sure, classed = _certainty(distribution)
+    return Counts(examples, distribution.num_labels, sure, classed)
+
+
+def _certainty(distribution: Distribution) -> tuple[float, int]:
+    """Σ max_c p(c | x), in fp64, over the labels that are one of several classes; their number."""
+    if isinstance(distribution, Joint):
+        found = [_certainty(factor) for factor in distribution.factors]
+        return sum(sure for sure, _ in found), sum(number for _, number in found)
+    if isinstance(distribution, Categorical):
+        return _of_classes(distribution.logits, distribution.labels), distribution.num_labels
+    if isinstance(distribution, Bernoulli):
+        logits = at_least_fp32(distribution.outputs[distribution.there])
+        return float(logits.abs().sigmoid().double().sum()), distribution.num_labels
+    return 0.0, 0
+
+
+def _of_classes(logits: Tensor, labels: Tensor) -> float:
+    """max_c p_c = 1 / Σ_c exp(l_c − max l), added up where there is a label."""
+    total = logits.new_zeros((), dtype=torch.float64)
+    for part, own in slices(logits, labels):
+        scores = at_least_fp32(part)
+        largest = (scores - scores.amax(-1, keepdim=True)).exp_().sum(-1).reciprocal_()
+        total += largest.masked_fill_(own == IGNORED, 0.0).sum(dtype=torch.float64)
+    return float(total)
