@@ -25,6 +25,7 @@ from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.record import Record
 from hf_ewc.tasks.same_run import length
+from hf_ewc.tasks.scenario import commonest_share
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.training_data import TrainingData, without
@@ -72,6 +73,7 @@ class LambdaSearch:
     ) -> None:
         self._plan, self._space, self._protection = plan, space, protection
         self._training, self._record = training, record
+        self._has_warned = False
 
     def find(self, index: int, model: nn.Module, data: TrainingData) -> None:
         """Set λ for task `index`, whose training data these are; nothing else has changed then."""
@@ -85,7 +87,15 @@ class LambdaSearch:
                 curve = self._searched(curve, index, model, data)
             if is_main():
                 logger.warning("%s", curve.in_words())
+            self._warn_once(curve, index, data)
         self.use_found(index)
+
+    def _warn_once(self, curve: LambdaCurve, index: int, data: TrainingData) -> None:
+        """Say why trials tell nothing, of the first task of the run where that is so."""
+        said = curve.warning(self._training.arguments(index, data).learning_rate)
+        if said and not self._has_warned and is_main():
+            logger.warning("%s", said)
+        self._has_warned = self._has_warned or bool(said)
 
     def use_found(self, index: int) -> None:
         """Set the λ that the record has for task `index`, if it has one."""
@@ -143,8 +153,13 @@ class LambdaSearch:
         trainer = self._trainer(task, strength)
         if curve.before is None:
             by_share = task.held_out.metric == "accuracy"
-            examples = len(task.held_out.eval_dataset) if by_share else 0
-            curve = replace(curve, before=self._score(trainer, task), examples=examples)
+            data = task.held_out.eval_dataset
+            curve = replace(
+                curve,
+                before=self._score(trainer, task),
+                examples=len(data) if by_share else 0,
+                chance=commonest_share(data) if by_share else None,
+            )
         halfway = HalfWay(lambda: self._score(trainer, task), curve.is_hopeless)
         trainer.add_callback(halfway)
         self._training.train(trainer, task.index, task.data)

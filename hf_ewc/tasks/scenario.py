@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,18 +41,34 @@ def labels_of(dataset: Any, limit: int = 64) -> set[int]:
         if feature is not None and hasattr(dataset, "unique"):
             whole = "int" in str(getattr(feature, "dtype", ""))  # a list of labels has no dtype
             # Of its column alone: of a selection the library would copy all that is there.
-            return _integers(dataset.select_columns([column]).unique(column)) if whole else set()
+            found = dataset.select_columns([column]).unique(column) if whole else []
+            return set(_integers(found))
+    return set(_integers(_sampled(dataset, limit)))
+
+
+def commonest_share(dataset: Any, limit: int = 256) -> float | None:
+    """The share of the most frequent class label among about `limit` examples, evenly spread.
+
+    None where a label is not a single integer.
+    """
+    counts = Counter(_integers(_sampled(dataset, limit)))
+    return max(counts.values()) / counts.total() if counts else None
+
+
+def _sampled(dataset: Any, limit: int) -> list[Any]:
+    """The labels of about so many examples; none where they cannot be read by number."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        return set()
+        return []
     step = max(1, len(dataset) // limit)
     examples = [dataset[i] for i in range(0, len(dataset), step)]
     if not all(isinstance(example, Mapping) for example in examples):
-        return set()
-    return _integers([example.get("labels", example.get("label")) for example in examples])
+        return []
+    return [example.get("labels", example.get("label")) for example in examples]
 
 
-def _integers(values: Sequence[Any]) -> set[int]:
+def _integers(values: Sequence[Any]) -> list[int]:
+    """Those that are labels; none where some are no single integers."""
     arrays = [np.asarray(value) for value in values]
     if not all(array.ndim == 0 and array.dtype.kind in "iu" for array in arrays):
-        return set()
-    return {int(array) for array in arrays if array != -100}
+        return []
+    return [int(array) for array in arrays if array != -100]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from hf_ewc.training.lambda_curve import FACTOR, LOWEST, LambdaCurve, Trial
 from hf_ewc.training.prepared import let_it_be_wrapped
 from hf_ewc.training.short_training import for_a_share
 from hf_ewc.training.trainer import EWCMixin
+
+logger = logging.getLogger("hf_ewc")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def find_lambda(
                 strength = None if 0 < strength <= lowest else strength / FACTOR or first
             else:
                 strength = curve.upcoming()
+    if said := curve.warning(trainer.args.learning_rate):
+        logger.warning("%s", said)
     if not old_validation:
         return FoundLambda(curve.chosen or lowest, curve, {})
     totals = {

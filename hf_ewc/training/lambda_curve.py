@@ -12,6 +12,7 @@ FACTOR = 10.0  # between one λ and the next
 LOWEST = 1.0
 SHARE = 0.4  # of a task's optimizer steps, for which a trial trains
 SURE = 1.645  # standard errors, by which a score has to lie below the limit to be refused
+NOTHING = 1e-3  # of the score before training: a gain up to that is none
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class LambdaCurve:
         left: optimizer steps that earlier tasks have left over for trials; None: there is no limit.
             With it, the trials of all tasks together take no more steps than these tasks' own
             trainings: one that would go beyond is not made, and the λ that has kept most is used.
+        chance: the share of the held-out examples that have the most frequent label, which takes no
+            learning to get right; None where that is not known.
     """
 
     task: str
@@ -72,6 +75,7 @@ class LambdaCurve:
     lowest: float = LOWEST
     examples: int = 0
     left: int | None = None
+    chance: float | None = None
 
     @property
     def plain(self) -> Trial | None:
@@ -161,6 +165,49 @@ class LambdaCurve:
         variance = score * (1.0 - score) + plain * (1.0 - plain)
         return SURE * math.sqrt(max(variance, 0.0) / self.examples) / plain
 
+    @property
+    def taught_nothing(self) -> bool:
+        """Whether plain training is no better than none, or than always the most frequent label.
+
+        Of N examples it has to be by more than 1.645 √(b(1 − b)/N), b the larger of both, of other
+        scores by more than a thousandth. Then what λ keeps of it is no choice.
+        """
+        if self.plain is None or self.plain.score is None:
+            return self.plain is not None
+        known = [score for score in (self.before, self.chance) if score is not None]
+        if not known:
+            return False
+        base = max(known)
+        margin = NOTHING * abs(base)
+        if self.examples:
+            margin = SURE * math.sqrt(max(base * (1.0 - base), 0.0) / self.examples)
+        return self.plain.score <= base + margin
+
+    def warning(self, learning_rate: float) -> str | None:
+        """What to say where plain training has taught nothing: the cause, and what to do."""
+        plain = self.plain
+        if plain is None or not self.taught_nothing:
+            return None
+        begins = f"Plain training for {plain.steps} steps has taught nothing of task {self.task!r}"
+        ends = "So the λ that was chosen means nothing."
+        if plain.score is None:
+            return (
+                f"{begins}: its score on held-out examples is no finite number. {ends} The "
+                f"learning rate ({learning_rate:g}) is too large; lower it."
+            )
+        sign = -1.0 if self.by_improvement else 1.0
+        beside = [] if self.before is None else [f"{sign * self.before:.4g} before"]
+        if self.chance is not None:
+            beside.append(f"{self.chance:.4g} by the most frequent label alone")
+        number = f"{self.examples} " if self.examples else ""
+        return (
+            f"{begins}: it scores {sign * plain.score:.4g} on {number}held-out examples, "
+            f"{' and '.join(beside)}. {ends} The learning rate ({learning_rate:g}) is too small or "
+            f"the steps are too few: raise learning_rate, or num_train_epochs or max_steps, of "
+            f"which a trial takes {100 * SHARE:g} %. Where the model knows the task already, give "
+            "ewc_lambda a number."
+        )
+
     def in_words(self) -> str:
         """One line for the log."""
         tried = ", ".join(
@@ -171,6 +218,7 @@ class LambdaCurve:
         if self.examples:
             limit += f", but for the noise of {self.examples} examples,"
         why = "" if self.passed else " No λ that was tried kept that much; this one kept most."
+        why += " Plain training had taught nothing." if self.taught_nothing else ""
         return (
             f"λ = {self.chosen:g} for task {self.task!r}: of what plain training reaches on it, "
             f"{limit} is to be kept ({tried}; {self.seconds:.1f} s).{why}"
