@@ -202,6 +202,18 @@ def test_inspect_shows_tasks_sizes_and_layers(tmp_path, capsys):
     assert found["tasks"][0]["num_examples"] == 7
 
 
+def test_inspect_says_which_lambda_the_default_takes(tmp_path, capsys):
+    """0.4 / (g ρ²): g is 2 and ρ is 1 where all importances are 4; with an empty state no λ."""
+    state_of({"a.weight": torch.full((6,), 4.0)}).save_pretrained(tmp_path / "state")
+    assert main(["inspect", str(tmp_path / "state")]) == 0
+    assert "EWCConfig() takes with it (ewc_lambda='state'): 0.2\n" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "state"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["told_lambda"] == pytest.approx(0.2)
+    EWCState().save_pretrained(tmp_path / "empty")
+    assert main(["inspect", str(tmp_path / "empty")]) == 0
+    assert "λ that" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", ["no folder", "empty folder", "no json", "cut tensors", "file"])
 def test_errors_of_inspect(tmp_path, capsys, damage):
     folder = tmp_path / "state"

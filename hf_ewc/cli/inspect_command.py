@@ -32,7 +32,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def described(state: Any) -> dict[str, Any]:
-    """Tasks, sizes, and Σ F by layer, in JSON's types."""
+    """Tasks, sizes, λ that it tells, and Σ F by layer, in JSON's types."""
     from dataclasses import asdict
 
     from hf_ewc.state.by_layer import importance_by_layer
@@ -45,6 +45,7 @@ def described(state: Any) -> dict[str, Any]:
         "tensors": len(state.importance),
         "bytes": state.nbytes,
         "offset": state.offset,
+        "told_lambda": state.told_lambda() if len(state.importance) else None,
         "layers": {
             name: {
                 "importance": layer.total,
@@ -58,13 +59,19 @@ def described(state: Any) -> dict[str, Any]:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """Two tables, and a line on the size."""
+    """Two tables, a line on the size, and one on λ."""
     head = (
         f"{len(found['tasks'])} tasks, {found['parameters']:,} parameters in {found['tensors']} "
         f"tensors, {found['bytes'] / 2**20:.1f} MiB, offset {found['offset']:.4g}"
     )
-    parts = [head, _tasks(found["tasks"]), _layers(found["layers"])]
+    parts = [head, _told(found["told_lambda"]), _tasks(found["tasks"]), _layers(found["layers"])]
     return "\n\n".join(part for part in parts if part)
+
+
+def _told(ewc_lambda: float | None) -> str:
+    if ewc_lambda is None:
+        return ""
+    return f"λ that an untouched EWCConfig() takes with it (ewc_lambda='state'): {ewc_lambda:g}"
 
 
 def _tasks(tasks: list[dict[str, Any]]) -> str:
