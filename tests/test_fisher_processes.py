@@ -143,8 +143,9 @@ def test_a_process_that_dies_ends_the_launch(tmp_path: Path) -> None:
     assert launched("die", tmp_path, 2)[0] != 0
 
 
-def test_a_process_out_of_memory_among_shards_ends_the_launch(tmp_path: Path) -> None:
-    code, output = launched("full", tmp_path, 2)
+@pytest.mark.parametrize("action", ["full", "full_partitions"])
+def test_a_process_out_of_memory_among_shards_ends_the_launch(action: str, tmp_path: Path) -> None:
+    code, output = launched(action, tmp_path, 2)
     assert code != 0
     assert "OutOfMemoryError: Of parameters in shards, a batch of 4 examples does not fit" in output
     assert "fisher_batch_size" in output
