@@ -14,7 +14,7 @@ from hf_ewc.training.held_out import held_out_rows
 from hf_ewc.training.lambda_curve import LambdaCurve, Trial
 
 LONG = dict(num_train_epochs=12)
-AUTO = EWCConfig(ewc_lambda="auto", fisher_samples=8)
+AUTO = EWCConfig(ewc_lambda="auto", ewc_give_up=0.1, fisher_samples=8)
 
 
 def three_tasks():
@@ -34,7 +34,7 @@ def three_tasks():
 
 def curve_of(scores, **options):
     """A curve whose trials score what `scores` says of λ, as far as the rule asks for them."""
-    curve = LambdaCurve("a", **options)
+    curve = LambdaCurve("a", **({"give_up": 0.1} | options))
     while (strength := curve.upcoming()) is not None:
         curve = curve.with_trial(Trial(strength, scores[strength]))
     return curve
@@ -103,9 +103,9 @@ def test_trials_take_no_more_steps_than_there_are(left, trials, chosen):
 
 
 def test_a_trial_that_lags_far_behind_is_hopeless():
-    curve = LambdaCurve("a").with_trial(Trial(0.0, 1.0, halfway=0.8))
-    assert curve.is_hopeless(0.39)
-    assert not curve.is_hopeless(0.41)
+    curve = LambdaCurve("a", give_up=0.1).with_trial(Trial(0.0, 1.0, halfway=0.8))
+    assert curve.is_hopeless(0.35)
+    assert not curve.is_hopeless(0.37)
     assert curve.is_hopeless(None)
     assert not LambdaCurve("a").is_hopeless(0.0)
 

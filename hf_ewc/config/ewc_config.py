@@ -59,7 +59,7 @@ class EWCConfig:
         ),
     )
     ewc_give_up: float = field(
-        default=0.1,
+        default=0.03,
         metadata=hint(
             "With ewc_lambda 'auto': give up at most this share of what plain training would reach "
             "on the new task, to keep the old ones. Above 0, below 1. Larger where remembering "

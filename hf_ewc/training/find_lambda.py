@@ -19,7 +19,7 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.training.held_out import has_rows, held_out_rows, other_rows, rows_of
-from hf_ewc.training.lambda_curve import FACTOR, LOWEST, LambdaCurve, Trial
+from hf_ewc.training.lambda_curve import FACTOR, GIVE_UP, LOWEST, LambdaCurve, Trial
 from hf_ewc.training.prepared import let_it_be_wrapped
 from hf_ewc.training.short_training import for_a_share
 from hf_ewc.training.trainer import EWCMixin
@@ -47,7 +47,7 @@ def find_lambda(
     trainer: Any,
     *,
     metric: str = "loss",
-    give_up: float = 0.1,
+    give_up: float = GIVE_UP,
     first: float | None = None,
     lowest: float = LOWEST,
     old_validation: Sequence[Any] = (),

@@ -10,6 +10,7 @@ from typing import Any
 START = 1e4  # λ that is tried first, where no state tells one
 FACTOR = 10.0  # between one λ and the next
 LOWEST = 1.0
+GIVE_UP = 0.03  # of what plain training reaches on the new task
 SHARE = 0.4  # of a task's optimizer steps, for which a trial trains
 SURE = 1.645  # standard errors, by which a score has to lie below the limit to be refused
 NOTHING = 1e-3  # of the score before training: a gain up to that is none
@@ -68,7 +69,7 @@ class LambdaCurve:
 
     task: str
     first: float = START
-    give_up: float = 0.1
+    give_up: float = GIVE_UP
     before: float | None = None
     by_improvement: bool = False
     trials: tuple[Trial, ...] = field(default=())
@@ -103,7 +104,7 @@ class LambdaCurve:
         """Whether the last trial gave up no more than is allowed."""
         if len(self.trials) < 2 or self.trials[-1].kept is None:
             return False
-        # 0.9 of a score is enough, whatever its last digit.
+        # 0.97 of a score is enough, whatever its last digit.
         return self.trials[-1].kept + self._noise() >= 1.0 - self.give_up - 1e-9
 
     @property
@@ -152,10 +153,10 @@ class LambdaCurve:
         return (score - before) / gained
 
     def is_hopeless(self, halfway: float | None) -> bool:
-        """Whether half a trial tells that it will not pass: five times too much is given up."""
+        """Whether half a trial tells that it will not pass: it has half of what is to be kept."""
         if self.plain is None or self.plain.halfway is None:
             return False
-        return self.kept(halfway, self.plain.halfway) < 1.0 - 5 * self.give_up
+        return self.kept(halfway, self.plain.halfway) < 0.5 * (1.0 - self.give_up)
 
     def _noise(self) -> float:
         """What chance may take from the last score, in shares of what plain training reached."""
