@@ -85,22 +85,36 @@ def _of_folder(folder: str) -> Dataset:
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no folder (seen from {Path.cwd()}).")
-    classes = sorted(path for path in Path(folder).iterdir() if path.is_dir())
-    found = [
-        (str(path), k)
-        for k, each in enumerate(classes)
-        for path in sorted(each.rglob("*"))
-        if path.suffix.lower() in Image.registered_extensions() and path.is_file()
-    ]
+    classes = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not _is_hidden(p))
+    found = [(str(path), k) for k, each in enumerate(classes) for path in _images_below(each)]
     if not found:
         raise ValueError(
             f"{folder} has no images in folders; needed is one folder for each class, named after "
             "it, with its images."
         )
-    used = sorted({k for _, k in found})
-    columns = {"image": [path for path, _ in found], "label": [used.index(k) for _, k in found]}
-    label = ClassLabel(names=[classes[k].name for k in used])
+    if empty := [each for k, each in enumerate(classes) if k not in {k for _, k in found}]:
+        raise ValueError(
+            f"{empty[0]} has no images; each folder of {folder} is a class. Put some in, or take "
+            "it out."
+        )
+    columns = {"image": [path for path, _ in found], "label": [k for _, k in found]}
+    label = ClassLabel(names=[each.name for each in classes])
     return Dataset.from_dict(columns, Features(image=datasets.Image(decode=False), label=label))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """By their names; without the hidden files that systems and editors leave behind."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in Image.registered_extensions()
+        and path.is_file()
+        and not any(map(_is_hidden, (path, *path.relative_to(folder).parents)))
+    ]
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 @lru_cache

@@ -194,7 +194,7 @@ def _name(value: Any, kind: Any, where: str) -> str:
     if isinstance(kind, ClassLabel) and isinstance(value, int) and 0 <= value < kind.num_classes:
         return str(kind.int2str(value))
     if isinstance(kind, Value) and isinstance(value, (str, bool, int)):
-        return str(value)
+        return str(value).strip()  # "a " is "a"
     if isinstance(kind, Value) and isinstance(value, float) and value.is_integer():
         return str(int(value))  # whole numbers that a table has as floats
     raise ValueError(f"{where} has the label {value!r}; needed are words or whole numbers.")

@@ -60,10 +60,11 @@ def parsed(arguments: list[str] | None = None) -> tuple[Any, ...]:
     """Everything that was asked for, with what can be checked without data checked."""
     types = (Arguments, TrainingArguments, EWCConfig, SequenceConfig)
     found = parse_arguments(*types, defaults=DEFAULTS, arguments=arguments, description=__doc__)
-    own, _, ewc, _ = found
+    own, args, ewc, _ = found
     with one_line_errors():
         own.tasks, own.protect, own.evaluate_also = domains_of(own)
         own.methods = checked_methods(own.methods, ewc, further=["protect"])
+        own.seeds(args.seed)
         if own.protect and own.use_peft and ewc.ewc_space != "weight":
             raise ValueError(
                 "protect with use_peft needs ewc_space: weight, since a new adapter's own weights "
@@ -80,7 +81,7 @@ def main() -> None:
         tokenizer = pretrained(AutoTokenizer, own.model_name_or_path)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        tasks, others = prepared(own, tokenizer)
+        tasks, others, general = prepared(own, tokenizer)
         options = dict(
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads texts and labels alike
@@ -95,7 +96,7 @@ def main() -> None:
         return with_lora(model, own, "CAUSAL_LM")
 
     with one_line_errors(only_own=True):
-        state = pretraining(make_model(), own, args, ewc, tokenizer) if own.protect else None
+        state = pretraining(make_model(), own, args, ewc, tokenizer, general) if general else None
     own.methods = with_pretraining(own.methods, state)
     if not own.methods:
         options["ewc_state"] = state
@@ -104,12 +105,12 @@ def main() -> None:
     leave()
 
 
-def prepared(own: Arguments, tokenizer: Any) -> tuple[list[Task], list[Task]]:
-    """What is learnt, and what is only scored."""
+def prepared(own: Arguments, tokenizer: Any) -> tuple[list[Task], list[Task], Any]:
+    """What is learnt, what is only scored, and the general texts that are protected first."""
 
     def examples(domain: Any, part: str) -> Any:
         most = own.max_train_samples if part == "train" else own.max_eval_samples
-        whole = own.packing and part == "train"
+        whole = own.packing and part == "train" and domain is not own.protect
         return examples_of(domain, part, tokenizer, own.block_size, most, whole)
 
     tasks = [
@@ -120,19 +121,22 @@ def prepared(own: Arguments, tokenizer: Any) -> tuple[list[Task], list[Task]]:
         Task(each.name, None, examples(each, "eval"), metric="perplexity")
         for each in own.evaluate_also
     ]
-    return tasks, others
+    return tasks, others, own.protect and examples(own.protect, "train")
 
 
 def pretraining(
-    model: Any, own: Arguments, args: TrainingArguments, ewc: EWCConfig, tokenizer: Any
+    model: Any,
+    own: Arguments,
+    args: TrainingArguments,
+    ewc: EWCConfig,
+    tokenizer: Any,
+    general: Any,
 ) -> EWCState:
     """What the model knows of general texts, as the state that protects it."""
     trainer = EWCTrainer(
         model=model,
         args=args,
-        train_dataset=examples_of(
-            own.protect, "train", tokenizer, own.block_size, own.max_train_samples
-        ),
+        train_dataset=general,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         ewc_config=replace(ewc, ewc_lambda=1.0),  # which plays no part here, and may be "auto"
     )

@@ -58,7 +58,7 @@ def parsed(arguments: list[str] | None = None) -> tuple[Any, ...]:
     """Everything that was asked for, with what can be checked without data checked."""
     types = (Arguments, TrainingArguments, EWCConfig, SequenceConfig)
     found = parse_arguments(*types, defaults=DEFAULTS, arguments=arguments, description=__doc__)
-    own, _, ewc, sequence = found
+    own, args, ewc, sequence = found
     with one_line_errors():
         if not own.model_name_or_path and not own.model_config:
             raise ValueError("the model is missing; give model_name_or_path, or model_config.")
@@ -66,6 +66,7 @@ def parsed(arguments: list[str] | None = None) -> tuple[Any, ...]:
             own.tasks = copies(own)
         own.tasks = tasks_of(own, ImageTask)
         own.methods = checked_methods(own.methods, ewc)
+        own.seeds(args.seed)
         check_growth(own, sequence)
     return found
 

@@ -54,10 +54,11 @@ def parsed(arguments: list[str] | None = None) -> tuple[Any, ...]:
     """Everything that was asked for, with what can be checked without data checked."""
     types = (Arguments, TrainingArguments, EWCConfig, SequenceConfig)
     found = parse_arguments(*types, defaults=DEFAULTS, arguments=arguments, description=__doc__)
-    own, _, ewc, sequence = found
+    own, args, ewc, sequence = found
     with one_line_errors():
         own.tasks = tasks_of(own, TextTask)
         own.methods = checked_methods(own.methods, ewc)
+        own.seeds(args.seed)
         check_growth(own, sequence)
     return found
 

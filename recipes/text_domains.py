@@ -124,7 +124,8 @@ def examples_of(
         if len(found) == most:
             break
     if not found:
-        raise ValueError(f"{where} has no text in column {domain.text!r}.")
+        in_column = "" if where.lower().endswith(".txt") else f" in column {domain.text!r}"
+        raise ValueError(f"{where} has no text{in_column}.")
     return Dataset.from_dict({"input_ids": found, "labels": found})
 
 
@@ -135,6 +136,8 @@ def _tokens(
     rest: list[int] = []
     for row, value in enumerate(values):
         if isinstance(value, str):
+            if not value.strip():
+                continue
             rest += [*tokenizer(value, verbose=False)["input_ids"], tokenizer.eos_token_id]
             while len(rest) >= size:
                 yield rest[:size]

@@ -39,10 +39,11 @@ def tokenized(part: Part, columns: list[str], rows: dict[str, int], tokenize: An
     """
     for column in columns:
         for row, value in zip(part.rows, part.column(column), strict=True):
-            if not isinstance(value, str):
+            if not isinstance(value, str) or not value.strip():
+                seen = "nothing" if value is None or isinstance(value, str) else repr(value)
                 raise ValueError(
-                    f"{part.where} has {value!r} in column {column!r} of example {row + 1}; needed "
-                    "is text."
+                    f"{part.where} has {seen} in column {column!r} of example {row + 1}; needed is "
+                    "text."
                 )
     return part.with_labels(columns, rows).map(
         lambda batch: tokenize(*(batch[column] for column in columns)),

@@ -110,6 +110,16 @@ def test_a_folder_for_each_class_whatever_its_name(folder):
     assert examples.train.labels == ["test"] * 4 + ["train"] * 4
 
 
+def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):
+    for place in ("cat", "dog", ".ipynb_checkpoints", "cat/.thumbnails"):
+        (tmp_path / place).mkdir()
+        picture(1).save(tmp_path / place / "1.png")
+        (tmp_path / place / "._1.png").write_bytes(b"left behind by a system")
+    entry = {"name": "t", "train_folder": str(tmp_path), "eval_folder": str(tmp_path)}
+    examples = load(ImageTask.from_entry(entry, 1), None, None)
+    assert (examples.labels, len(examples.train.rows)) == (["cat", "dog"], 2)
+
+
 def test_arrays_and_the_tasks_that_they_make(folder):
     file = str(folder / "all.npz")
     given = {"train_file": file, "eval_file": file, "image": "x", "label": "y"}
@@ -180,6 +190,12 @@ def of_floats(folder):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(folder / "cat" / "1.tiff")
 
 
+def with_an_empty_class(folder):
+    (folder / "dog").mkdir(parents=True)
+    (folder / "cat").mkdir()
+    picture(1).save(folder / "cat" / "1.png")
+
+
 def not_in_classes(folder):
     folder.mkdir()
     picture(1).save(folder / "1.png")
@@ -193,6 +209,7 @@ def not_in_classes(folder):
         (of_floats, "1.tiff of {} cannot be read as an image: its pixels are float32"),
         (not_in_classes, "{} has no images in folders; needed is one folder for each class"),
         (lambda folder: None, "{} is no folder"),
+        (with_an_empty_class, "{}/dog has no images; each folder of"),
     ],
 )
 def test_folders_that_cannot_be_learnt_from(make, message, tmp_path):

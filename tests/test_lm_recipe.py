@@ -1,6 +1,7 @@
 """The recipe of language models: in one and two processes, its texts, and what it refuses."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -135,6 +136,31 @@ def test_a_text_file_is_one_text(tmp_path):
     assert found["input_ids"][:] == [ids("red blue cat <eos>")]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", " \n\n\t\n", "x.txt has no text."),
+        ("x.jsonl", '{"text": " "}\n', "x.jsonl has no text in column 'text'."),
+    ],
+)
+def test_blank_texts_are_no_examples(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        examples_of(domain(tmp_path / name), "train", TOKENIZER, 9, None)
+
+
+def test_general_texts_are_read_before_the_model(folder, tmp_path, capsys, monkeypatch):
+    config = tmp_path / "texts.yaml"
+    lines = (folder / "texts.yaml").read_text().replace("general_train", "nowhere")
+    config.write_text(lines)
+    monkeypatch.setattr(sys, "argv", ["recipe", str(config), "--output_dir", str(tmp_path / "x")])
+    monkeypatch.setattr(recipe.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "nowhere.txt does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_chat_is_an_example(tmp_path):
     chat = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
@@ -156,7 +182,7 @@ def test_a_chat_is_an_example(tmp_path):
         ("x.csv", "text\n5\n", "x.csv has 5 in column 'text' of example 1; needed is text, or a"),
         ("x.csv", "", "x.csv is empty."),
         ("x.csv", "text\n", "x.csv has no examples."),
-        ("x.txt", " \n", "x.txt has no text in column 'text'."),
+        ("x.txt", " \n", "x.txt has no text."),
         ("x.doc", "red", "x.doc is none of"),
         ("x.jsonl", '{"text": [{"role": "user"}]}\n', "needed is text, or a list of messages"),
     ],

@@ -186,6 +186,43 @@ def test_fewer_examples_are_drawn_alike_each_time(tmp_path):
     assert first.train.labels == [str(row % 2) for row in first.train.rows]
 
 
+# ---- Tables as programs write them ----
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("text;label\nred, or not;a\nblau;b\n", "utf-8"),
+        ("text\tlabel\nred, or not\ta\nblau\tb\n", "utf-8"),
+        ("text|label\nred, or not|a\nblau|b\n", "utf-8"),
+        ("sep=;\ntext;label\nred, or not;a\nblau;b\n", "utf-8"),
+        ('text, label\n"red, or not", a\nblau,b \n\n\n', "utf-8"),
+        ("text;label\r\nred, or not;a\r\nblau;b\r\n", "utf-8-sig"),
+        ("text;label\nred, or not;a\nblau;b\n", "utf-16"),
+    ],
+)
+def test_a_table_is_read_as_it_is_written(content, encoding, tmp_path):
+    (tmp_path / "x.csv").write_text(content, encoding=encoding, newline="")
+    task = TextTask("t", train_file=str(tmp_path / "x.csv"), eval_file=str(tmp_path / "x.csv"))
+    examples = load(task, None, None)
+    assert [*examples.train.column("text")] == ["red, or not", "blau"]
+    assert (examples.labels, examples.train.labels) == (["a", "b"], ["a", "b"])
+
+
+def test_a_table_of_an_old_code_page_is_read_and_said(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text("text,label\n“Café” für 5 €,a\n", encoding="cp1252")
+    task = TextTask("t", train_file=str(tmp_path / "x.csv"), eval_file=str(tmp_path / "x.csv"))
+    assert [*load(task, None, None).train.column("text")] == ["“Café” für 5 €"]
+    assert "x.csv is no UTF-8; it is read as Windows-1252" in caplog.text
+
+
+def test_words_that_look_missing_are_words(tmp_path):
+    rows = "text,label\nNA,None\nnull,NA\n"
+    examples = load(TextTask("t", **files(tmp_path, rows, rows)), None, None)
+    assert [*examples.train.column("text")] == ["NA", "null"]
+    assert examples.labels == ["NA", "None"]
+
+
 # ---- What is refused, in one line ----
 
 GOOD = "text,label\nsome words,a\n"
@@ -202,9 +239,13 @@ GOOD = "text,label\nsome words,a\n"
         (GOOD, GOOD, {"labels": ["a", "c"]}, "train.csv has no example with the label 'c'."),
         ("", GOOD, {}, "train.csv is empty."),
         (GOOD, "text,label\n", {}, "eval.csv has no examples."),
-        ("text,label\n,a\n", GOOD, {}, "train.csv has None in column 'text' of example 1"),
+        ("text,label\n,a\n", GOOD, {}, "train.csv has nothing in column 'text' of example 1"),
         ("text,label\n5,a\n", GOOD, {}, "train.csv has 5 in column 'text' of example 1"),
+        ("text,label\n  ,a\n", GOOD, {}, "train.csv has nothing in column 'text' of example 1"),
         ("text,label\nx,0.5\n", GOOD, {}, "train.csv has the label 0.5"),
+        ("some words,a\nothers,b\n", GOOD, {}, "The first line of such a file names its columns."),
+        (GOOD + "a, b,c\n", GOOD, {}, "line 3, saw 3. What has the separator in it has to"),
+        (GOOD + '"a,b\n', GOOD, {}, "A quotation mark that is opened there is not closed."),
         ("text,label\nx,1\ny,\n", GOOD, {}, "train.csv has 1 examples without a label, the "
          "first is number 2"),
         (GOOD, GOOD, {"train_file": "nowhere.csv"}, "nowhere.csv does not exist"),
@@ -254,11 +295,14 @@ def test_entries_that_are_no_tasks(entry, message):
         ("lora_r: 1.5", "two.yaml has lora_r: 1.5; needed is a whole number."),
         ("weight_decay: {a: 1}", "two.yaml has weight_decay: {'a': 1}; needed is a number."),
         ("max_train_samples: 0", "max_train_samples is 0; needed is at least 1."),
+        ("num_seeds: 0", "num_seeds is 0; needed is at least 1."),
+        ("num_seeds: 2", "num_seeds is 2, and without `methods:` there is one run."),
     ],
 )  # fmt: skip
 def test_a_fault_in_the_file_is_one_line(added, message, folder, tmp_path, capsys):
     config = tmp_path / "two.yaml"
-    config.write_text(f"{(folder / 'two.yaml').read_text()}{added}\n")
+    own = (folder / "two.yaml").read_text().replace("num_seeds: 1\n", "")
+    config.write_text(f"{own}{added}\n")
     with pytest.raises(SystemExit) as left:
         recipe.parsed([str(config)])
     assert left.value.code == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments, set_seed
 
@@ -23,13 +23,30 @@ class MethodArguments:
         default=None,
         metadata={"help": "Names of methods, and for each the settings that differ (in the YAML)."},
     )
-    num_seeds: int = field(
-        default=3, metadata={"help": "Repetitions of each method, from --seed on."}
+    num_seeds: int | None = field(
+        default=None,
+        metadata={"help": "Repetitions of each method, from --seed on. By default 3."},
     )
     resume: bool = field(
         default=True,
         metadata={"help": "Go on where an earlier run in the output folder ended."},
     )
+
+    def seeds(self, first: int) -> range:
+        """Of the repetitions; without methods there is one.
+
+        Raises:
+            ValueError: there are none, or several and nothing to repeat them for.
+        """
+        number = self.num_seeds if self.num_seeds is not None else 3 if self.methods else 1
+        if number < 1:
+            raise ValueError(f"num_seeds is {number}; needed is at least 1.")
+        if number > 1 and not self.methods:
+            raise ValueError(
+                f"num_seeds is {number}, and without `methods:` there is one run. Name what is to "
+                "be repeated, as in `methods: {EWC: {ewc_lambda: 1000}}`."
+            )
+        return range(first, first + number)
 
 
 def checked_methods(
@@ -100,8 +117,7 @@ def learn(
     options["resume"] = given.resume
     with one_line_errors(only_own=True):
         if given.methods:
-            seeds = range(args.seed, args.seed + given.num_seeds)
-            methods: Any = given.methods
+            seeds, methods = given.seeds(args.seed), cast(Any, given.methods)
             comparison = compare_methods(make_model, tasks, args, methods, seeds, **options)
             tables = [*_of_others(comparison), str(comparison), difference_table(comparison.runs)]
         else:

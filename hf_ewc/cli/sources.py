@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+
+from hf_ewc.cli.csv_dialect import encoding_of, what_helps, written
 
 READERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
@@ -36,18 +39,34 @@ def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> da
         ValueError: there is no such file, it has another ending, no examples, or cannot be read.
     """
     check_file(path, endings)
-    ending = Path(path).suffix.lower()
-    if ending == ".tsv":
-        options["delimiter"] = "\t"
+    reader = READERS[Path(path).suffix.lower()]
+    if reader == "csv":
+        options = {**written(path), **options}
+    elif reader == "text":
+        options = {"encoding": encoding_of(path), **options}
     try:
-        found = datasets.load_dataset(READERS[ending], data_files=path, split="train", **options)
+        with _unsaid():
+            found = datasets.load_dataset(reader, data_files=path, split="train", **options)
     except Exception as error:  # whatever its reader raises
         if "corresponds to no data" in str(error):
             raise ValueError(f"{path} has no examples.") from error
-        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+        why = error.__cause__ or error
+        said = " ".join(str(why).split()).rstrip(".")
+        raise ValueError(f"{path} cannot be read: {said}.{what_helps(why)}") from error
     if not len(found):
         raise ValueError(f"{path} has no examples.")
     return found
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """The library's own lines about an error that is raised as well are left out."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def from_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
@@ -66,6 +85,8 @@ def check_columns(data: datasets.Dataset, names: Iterable[str], where: str) -> N
     """Refuse a column that is not there: a `ValueError` with those that are."""
     for name in names:
         if name not in data.column_names:
+            is_csv = where.lower().endswith((".csv", ".tsv"))
             raise ValueError(
                 f"{where} has no column {name!r}; it has {', '.join(data.column_names)}."
+                + (" The first line of such a file names its columns." if is_csv else "")
             )
