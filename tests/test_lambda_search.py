@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Task, run_tasks
 from hf_ewc.tasks.lambda_search import LambdaSearch
-from hf_ewc.training.held_out import held_out_rows
+from hf_ewc.training.held_out import held_out_rows, number_of_labels
 from hf_ewc.training.lambda_curve import LambdaCurve, Trial
 
 LONG = dict(num_train_epochs=12)
@@ -79,17 +79,30 @@ def test_more_may_be_given_up():
 def test_few_examples_leave_room_for_their_noise():
     """1.645 √(0.8 · 0.2 / N) is 0.1003 where N is 43, 0.0992 where it is 44."""
     scores = {0: 1.0, 1e4: 0.8, 1e3: 0.95}
-    assert curve_of(scores, examples=43).chosen == 1e4
-    assert curve_of(scores, examples=44).chosen == 2.2e3  # a third of the way from 1e3 to 1e4
+    assert curve_of(scores, labels=43).chosen == 1e4
+    assert curve_of(scores, labels=44).chosen == 2.2e3  # a third of the way from 1e3 to 1e4
     assert curve_of(scores).chosen == 2.2e3
-    assert "43 examples" in curve_of(scores, examples=43).in_words()
+    assert "43 labels" in curve_of(scores, labels=43).in_words()
+
+
+@pytest.mark.parametrize(
+    ("labels", "number"),
+    [
+        ([3, 1, -100, 2], 3),
+        ([torch.tensor([1, 2, -100]), torch.tensor([-100, 4, 5])], 4),  # tokens count each
+        ([0.5, 1.5], 2),
+        ([None, None], 2),
+    ],
+)
+def test_it_is_labels_that_make_the_noise(labels, number):
+    assert number_of_labels([{"labels": each} for each in labels]) == number
 
 
 def test_the_noise_of_plain_training_counts_as_well():
     """1.645 √((0.75 · 0.25 + 0.9 · 0.1) / N) is 0.0602 where N is 207, 0.0600 where it is 208."""
     scores = {0: 0.9, 1e4: 0.75, 1e3: 0.9}
-    assert curve_of(scores, examples=207).chosen == 1e4
-    assert curve_of(scores, examples=209).chosen < 1e4
+    assert curve_of(scores, labels=207).chosen == 1e4
+    assert curve_of(scores, labels=209).chosen < 1e4
 
 
 @pytest.mark.parametrize(("left", "trials", "chosen"), [(149, 3, 1e3), (150, 4, 1e2), (None, 6, 1)])

@@ -19,11 +19,11 @@ from hf_ewc.tasks.scenario import commonest_share
         (0.50, dict(before=0.5), True),
         (0.52, dict(before=0.5), False),
         # 1.645 √(0.5 · 0.5 / 100) is 0.082
-        (0.58, dict(before=0.5, examples=100), True),
-        (0.59, dict(before=0.5, examples=100), False),
-        (0.58, dict(before=0.0, chance=0.5, examples=100), True),
-        (0.59, dict(before=0.0, chance=0.5, examples=100), False),
-        (0.59, dict(before=0.6, chance=0.5, examples=100), True),
+        (0.58, dict(before=0.5, labels=100), True),
+        (0.59, dict(before=0.5, labels=100), False),
+        (0.58, dict(before=0.0, chance=0.5, labels=100), True),
+        (0.59, dict(before=0.0, chance=0.5, labels=100), False),
+        (0.59, dict(before=0.6, chance=0.5, labels=100), True),
         (0.10, dict(), False),  # nothing is known to compare with
         (-2.3, dict(before=-2.302, by_improvement=True), True),  # less than a thousandth better
         (-2.2, dict(before=-2.302, by_improvement=True), False),
@@ -47,8 +47,8 @@ def test_when_plain_training_has_taught_nothing(plain, options, nothing):
 def test_scores_are_told_as_people_read_them():
     said = curve_of({0: -2.4, 1e4: -2.4}, before=-2.3, by_improvement=True).warning(1e-6)
     assert "it scores 2.4 on held-out examples, 2.3 before." in said
-    said = curve_of({0: 0.5, 1e4: 0.5}, before=0.25, chance=0.5, examples=8).warning(1e-6)
-    assert "it scores 0.5 on 8 held-out examples, 0.25 before and 0.5 by the most" in said
+    said = curve_of({0: 0.5, 1e4: 0.5}, before=0.25, chance=0.5, labels=8).warning(1e-6)
+    assert "it scores 0.5 on 8 held-out labels, 0.25 before and 0.5 by the most" in said
 
 
 def test_before_any_trial_there_is_nothing_to_say():

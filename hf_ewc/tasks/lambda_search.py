@@ -29,7 +29,7 @@ from hf_ewc.tasks.scenario import commonest_share
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.training_data import TrainingData, without
-from hf_ewc.training.held_out import held_out_rows, rows_of
+from hf_ewc.training.held_out import held_out_rows, number_of_labels, rows_of
 from hf_ewc.training.lambda_curve import LambdaCurve, Trial
 from hf_ewc.training.short_training import for_a_share
 
@@ -157,7 +157,7 @@ class LambdaSearch:
             curve = replace(
                 curve,
                 before=self._score(trainer, task),
-                examples=len(data) if by_share else 0,
+                labels=number_of_labels(data) if by_share else 0,
                 chance=commonest_share(data) if by_share else None,
             )
         halfway = HalfWay(lambda: self._score(trainer, task), curve.is_hopeless)

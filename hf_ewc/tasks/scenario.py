@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from hf_ewc.training.held_out import labels_of_some
 
 SCENARIOS = ("task", "domain", "class")
 CLASS_INCREMENTAL = (
@@ -43,7 +45,7 @@ def labels_of(dataset: Any, limit: int = 64) -> set[int]:
             # Of its column alone: of a selection the library would copy all that is there.
             found = dataset.select_columns([column]).unique(column) if whole else []
             return set(_integers(found))
-    return set(_integers(_sampled(dataset, limit)))
+    return set(_integers(labels_of_some(dataset, limit)))
 
 
 def commonest_share(dataset: Any, limit: int = 256) -> float | None:
@@ -51,19 +53,8 @@ def commonest_share(dataset: Any, limit: int = 256) -> float | None:
 
     None where a label is not a single integer.
     """
-    counts = Counter(_integers(_sampled(dataset, limit)))
+    counts = Counter(_integers(labels_of_some(dataset, limit)))
     return max(counts.values()) / counts.total() if counts else None
-
-
-def _sampled(dataset: Any, limit: int) -> list[Any]:
-    """The labels of about so many examples; none where they cannot be read by number."""
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        return []
-    step = max(1, len(dataset) // limit)
-    examples = [dataset[i] for i in range(0, len(dataset), step)]
-    if not all(isinstance(example, Mapping) for example in examples):
-        return []
-    return [example.get("labels", example.get("label")) for example in examples]
 
 
 def _integers(values: Sequence[Any]) -> list[int]:

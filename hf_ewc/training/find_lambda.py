@@ -18,7 +18,13 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
-from hf_ewc.training.held_out import has_rows, held_out_rows, other_rows, rows_of
+from hf_ewc.training.held_out import (
+    has_rows,
+    held_out_rows,
+    number_of_labels,
+    other_rows,
+    rows_of,
+)
 from hf_ewc.training.lambda_curve import FACTOR, GIVE_UP, LOWEST, LambdaCurve, Trial
 from hf_ewc.training.prepared import let_it_be_wrapped
 from hf_ewc.training.short_training import for_a_share
@@ -89,7 +95,7 @@ def find_lambda(
             trial.score(metric),
             by_improvement=metric == "loss",
             lowest=lowest,
-            examples=trial.examples if metric == "accuracy" else 0,
+            labels=trial.labels if metric == "accuracy" else 0,
         )
         old: dict[float, float] = {}
         strength: float | None = 0.0
@@ -123,7 +129,7 @@ class _Trials:
         self._state, self._config = trainer.ewc_state, trainer.ewc_config
         self._weights = _copied(trainer.model)
         self.args = for_a_share(trainer.args, len(data), len(self._data))
-        self.examples = len(rows)
+        self.labels = number_of_labels(self._held_out)
         self.losses: dict[float, float] = {}
 
     def made(self, strength: float, metric: str) -> Trial:

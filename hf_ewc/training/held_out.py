@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -64,3 +64,26 @@ def other_rows(count: int, rows: Sequence[int]) -> list[int]:
 def rows_of(data: Any, rows: Sequence[int]) -> Any:
     """The examples with these numbers, as a data set of the same kind where that is possible."""
     return data.select(rows) if isinstance(data, datasets.Dataset) else Subset(data, rows)
+
+
+def labels_of_some(dataset: Any, limit: int) -> list[Any]:
+    """The labels of about so many examples; none where they cannot be read by number."""
+    if not has_rows(dataset):
+        return []
+    step = max(1, len(dataset) // limit)
+    examples = [dataset[i] for i in range(0, len(dataset), step)]
+    if not all(isinstance(example, Mapping) for example in examples):
+        return []
+    return [example.get("labels", example.get("label")) for example in examples]
+
+
+def number_of_labels(dataset: Any, limit: int = 256) -> int:
+    """How many labels the examples have, by about `limit` of them; one each where that is unknown.
+
+    A token's label counts like an image's; missing ones, −100, do not.
+    """
+    arrays = [np.asarray(value) for value in labels_of_some(dataset, limit)]
+    if not arrays or not all(array.dtype.kind in "iub" for array in arrays):
+        return len(dataset)
+    counted = sum(int((array != -100).sum()) for array in arrays)
+    return round(len(dataset) * counted / len(arrays))

@@ -56,7 +56,7 @@ class LambdaCurve:
         by_improvement: whether lower is better, for which `score` has the other sign.
         trials: in the order in which they were made, plain training first.
         lowest: λ that is used where none passes.
-        examples: N, how many are held out, where the score is a share p of them that are right. A
+        labels: N, how many the held-out examples have, where the score is a share p of them. A
             score passes unless it is below what is needed by more than 1.645 standard errors of its
             difference from the plain score q, √(p(1 − p)/N + q(1 − q)/N): by chance that is so once
             in twenty times. 0: every difference counts.
@@ -74,7 +74,7 @@ class LambdaCurve:
     by_improvement: bool = False
     trials: tuple[Trial, ...] = field(default=())
     lowest: float = LOWEST
-    examples: int = 0
+    labels: int = 0
     left: int | None = None
     chance: float | None = None
 
@@ -161,16 +161,16 @@ class LambdaCurve:
     def _noise(self) -> float:
         """What chance may take from the last score, in shares of what plain training reached."""
         score, plain = self.trials[-1].score, self.trials[0].score
-        if not self.examples or not score or not plain:
+        if not self.labels or not score or not plain:
             return 0.0
         variance = score * (1.0 - score) + plain * (1.0 - plain)
-        return SURE * math.sqrt(max(variance, 0.0) / self.examples) / plain
+        return SURE * math.sqrt(max(variance, 0.0) / self.labels) / plain
 
     @property
     def taught_nothing(self) -> bool:
         """Whether plain training is no better than none, or than always the most frequent label.
 
-        Of N examples it has to be by more than 1.645 √(b(1 − b)/N), b the larger of both, of other
+        Of N labels it has to be by more than 1.645 √(b(1 − b)/N), b the larger of both, of other
         scores by more than a thousandth. Then what λ keeps of it is no choice.
         """
         if self.plain is None or self.plain.score is None:
@@ -180,8 +180,8 @@ class LambdaCurve:
             return False
         base = max(known)
         margin = NOTHING * abs(base)
-        if self.examples:
-            margin = SURE * math.sqrt(max(base * (1.0 - base), 0.0) / self.examples)
+        if self.labels:
+            margin = SURE * math.sqrt(max(base * (1.0 - base), 0.0) / self.labels)
         return self.plain.score <= base + margin
 
     def warning(self, learning_rate: float) -> str | None:
@@ -200,9 +200,9 @@ class LambdaCurve:
         beside = [] if self.before is None else [f"{sign * self.before:.4g} before"]
         if self.chance is not None:
             beside.append(f"{self.chance:.4g} by the most frequent label alone")
-        number = f"{self.examples} " if self.examples else ""
+        held_out = f"{self.labels} held-out labels" if self.labels else "held-out examples"
         return (
-            f"{begins}: it scores {sign * plain.score:.4g} on {number}held-out examples, "
+            f"{begins}: it scores {sign * plain.score:.4g} on {held_out}, "
             f"{' and '.join(beside)}. {ends} The learning rate ({learning_rate:g}) is too small or "
             f"the steps are too few: raise learning_rate, or num_train_epochs or max_steps, of "
             f"which a trial takes {100 * SHARE:g} %. Where the model knows the task already, give "
@@ -216,8 +216,8 @@ class LambdaCurve:
             for t in self.trials[1:]
         )
         limit = f"at least {100 * (1 - self.give_up):g} %"
-        if self.examples:
-            limit += f", but for the noise of {self.examples} examples,"
+        if self.labels:
+            limit += f", but for the noise of {self.labels} labels,"
         why = "" if self.passed else " No λ that was tried kept that much; this one kept most."
         why += " Plain training had taught nothing." if self.taught_nothing else ""
         return (
@@ -235,6 +235,7 @@ class LambdaCurve:
     def from_dict(cls, data: Mapping[str, Any]) -> LambdaCurve:
         """The inverse of `to_dict`; a `TypeError` or `KeyError` where an entry is none of its."""
         given = {key: value for key, value in data.items() if key != "chosen"}
+        given["labels"] = given.pop("examples", given.get("labels", 0))  # as it was named
         return cls(**{**given, "trials": tuple(Trial(**trial) for trial in given["trials"])})
 
 
