@@ -30,6 +30,8 @@ from hf_ewc.parameters.sharding import is_sharded
 from hf_ewc.processes import leave
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks import Task, TaskResults, run_tasks
+from hf_ewc.tasks.divergence import _examples
+from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.training.trainer import EWCTrainer
 from tests.many_processes import make_model, whole
 from tests.models import Examples, bert, random_quadratic, vit
@@ -162,7 +164,10 @@ def in_a_row(folder: Path) -> dict[str, Any]:
     def learn(where: str, tasks: list[Task]) -> TaskResults:
         args = arguments(folder / where, learning_rate=1e-2, max_steps=3)
         config = EWCConfig(ewc_lambda=30.0, fisher_batch_size=2)
-        return run_tasks(vit(), tasks, args, config, trainer_class=OnCPU)
+        kinds = (os.environ.get(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+        # An odd number for two processes.
+        sequence = SequenceConfig(kl_examples=0 if "true" in kinds else 7)
+        return run_tasks(vit(), tasks, args, config, sequence_config=sequence, trainer_class=OnCPU)
 
     at_once = learn("whole", tasks)
     learn("cut", tasks[:1])
@@ -176,7 +181,24 @@ def in_a_row(folder: Path) -> dict[str, Any]:
         "same_scores": at_once.matrix == grown.matrix,
         "tasks": [task.name for task in at_once.state.tasks],
         "losses": [score["loss"] for scores in at_once.metrics for score in scores.values()],
+        "divergences": json.loads((folder / "whole/results.json").read_text()).get("divergences"),
+        "by_hand": [
+            by_hand(folder / "whole", k, _examples(task, 7, 1), task.classes)
+            for k, task in enumerate(tasks)
+        ],
     }
+
+
+def by_hand(folder: Path, k: int, examples: Any, classes: Any) -> float:
+    """KL(before ‖ after) of task k on these examples, from the models that were saved."""
+    images = torch.stack([example["pixel_values"] for example in examples])
+    logits = []
+    for name in ["", "01-a", "02-b"][k : k + 2]:
+        model = type(vit()).from_pretrained(folder / name / "final") if name else vit()
+        with torch.no_grad():
+            logits.append(model.eval()(images).logits[:, list(classes)].double())
+    p, q = (torch.distributions.Categorical(logits=z) for z in logits)
+    return float(torch.distributions.kl_divergence(p, q).mean())
 
 
 def of_classes(classes: tuple[int, ...], size: int) -> list[dict[str, torch.Tensor]]:

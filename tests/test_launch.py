@@ -88,6 +88,16 @@ def test_tasks_in_a_row(name: str, in_a_row: Callable[[str], dict[str, Any]]) ->
     assert result["losses"] == pytest.approx(in_a_row("cpu_2")["losses"], rel=1e-4)
 
 
+def test_the_divergence_is_over_the_examples_of_all_processes(
+    in_a_row: Callable[[str], dict[str, Any]],
+) -> None:
+    result = in_a_row("cpu_2")
+    assert [found["labels"] for found in result["divergences"]] == [7, 7]
+    measured = [found["kl"] for found in result["divergences"]]
+    assert measured == pytest.approx(result["by_hand"], rel=1e-3)
+    assert in_a_row("fsdp2")["divergences"] is None
+
+
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_resumed_runs_equal_undisturbed_ones(name: str, kind: str, tmp_path: Path) -> None:
     """And state and model are written once, whole, while all processes save and load them."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.report.layers import layer_of
+from hf_ewc.tasks.divergence import in_words
 
 MUCH = 0.02  # of the best scores of earlier tasks: what is lost beyond it
 SMALL = 0.1  # the penalty beside the task's loss, below which λ has room
@@ -31,6 +32,7 @@ class Aftermath:
         task_loss: the last that was logged; None without logs.
         drift: √(Σ F (θ − θ*)²) by layer: how far its parameters moved in units of 1/√F. Half its
             square is about the divergence from the old model, in nats a label of the old tasks.
+        kl: KL(before ‖ after) on the task's own data (`Divergence`); None where not asked for.
     """
 
     task: str
@@ -39,6 +41,7 @@ class Aftermath:
     penalty: float
     task_loss: float | None
     drift: Mapping[str, float]
+    kl: float | None = None
 
     @property
     def share(self) -> float | None:
@@ -73,6 +76,7 @@ class Aftermath:
         parts.append(f"old parameters moved most in {layers} (units of 1/√F)")
         beside = "" if self.task_loss is None else f" beside a loss of {self.task_loss:.2g}"
         parts.append(f"the penalty is {self.penalty:.2g}{beside}")
+        parts += [] if self.kl is None else [in_words(self.kl)]
         return f"{parts[0]}: {', '.join(parts[1:])}. {self.advice()}".rstrip()
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def aftermath(
     squares: Mapping[str, float],
     lambdas: Mapping[str, float],
     log_history: Sequence[Mapping[str, Any]],
+    kl: float | None = None,
 ) -> Aftermath:
     """What task `index` has come to.
 
@@ -92,6 +97,7 @@ def aftermath(
         squares: Σ F (θ − θ*)² by parameter, before the task was folded into the state.
         lambdas: λ by parameter.
         log_history: of the task's trainer.
+        kl: KL(before ‖ after), where it was measured.
     """
     score = float(matrix.scores[index, index])
     losses = [entry["task_loss"] for entry in log_history if "task_loss" in entry]
@@ -105,6 +111,7 @@ def aftermath(
         sum(0.5 * lambdas[name] * square for name, square in squares.items()),
         float(losses[-1]) if losses else None,
         {layer: math.sqrt(max(square, 0.0)) for layer, square in by_layer.items()},
+        kl,
     )
 
 

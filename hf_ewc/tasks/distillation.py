@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_sharded
 from hf_ewc.tasks.heads import key_of
 from hf_ewc.tasks.label_space import LabelSpace
+from hf_ewc.tasks.outputs import evaluating, logits_of
 from hf_ewc.tasks.task import Task
 
 
@@ -78,7 +78,7 @@ class Distillation:
         if self._space.heads is not None:  # those of other tasks are as they were
             head = self._space.heads.names_in_place()
             fits = {name: t for name, t in fits.items() if name not in head}
-        with torch.no_grad(), _evaluating(inner):
+        with torch.no_grad(), evaluating(inner):
             return _logits(functional_call(inner, fits, kwargs=dict(given)))
 
     def _distance(
@@ -116,9 +116,8 @@ def _different(earlier: Sequence[Task]) -> list[Task]:
 
 
 def _logits(outputs: Any) -> Tensor:
-    found: Any = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-    found = found[0] if isinstance(found, tuple) else found
-    if not isinstance(found, Tensor):
+    found = logits_of(outputs)
+    if found is None:
         raise ValueError("distillation needs the model's outputs to have logits.")
     return found
 
@@ -126,15 +125,3 @@ def _logits(outputs: Any) -> Tensor:
 def _is_regression(model: Any, logits: Tensor) -> bool:
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     return problem == "regression" or logits.shape[-1] == 1
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside the block, each module as before after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -26,6 +26,7 @@ from hf_ewc.report import (
 from hf_ewc.report.names import in_markdown
 from hf_ewc.report.results import plain
 from hf_ewc.tasks.aftermath import Aftermath
+from hf_ewc.tasks.divergence import divergence_table
 from hf_ewc.tasks.fishers import fisher_table
 from hf_ewc.tasks.history import Entry
 from hf_ewc.tasks.plan import Plan
@@ -59,6 +60,7 @@ class Record:
         searches: what was tried to find λ before each task, where it is looked for.
         fishers: what the Fisher of each task was, in JSON's types.
         aftermaths: what each task has done to the earlier ones, in JSON's types.
+        divergences: KL(before ‖ after) of each task on its own data, where that is asked for.
         importance: Σ F by layer in the state after the last task, where a process holds it whole.
     """
 
@@ -76,6 +78,7 @@ class Record:
         self.searches: list[LambdaCurve] = []
         self.fishers: list[dict[str, Any]] = []
         self.aftermaths: list[dict[str, Any]] = []
+        self.divergences: list[dict[str, Any]] = []
         self.importance: Mapping[str, LayerImportance] | None = None
 
     @property
@@ -104,6 +107,7 @@ class Record:
         self.tries = content.get("tries", [])
         self.fishers = content.get("fishers", [])
         self.aftermaths = content.get("aftermaths", [])
+        self.divergences = content.get("divergences", [])
 
     def failed(self, index: int) -> list[dict[str, Any]]:
         """The tries of task `index` that did not pass the gate as it is set now."""
@@ -194,6 +198,7 @@ class Record:
         lines = [f"- {in_markdown(Aftermath(**found).in_words())}" for found in self.aftermaths]
         notes += ["\n".join(lines)] if lines else []
         notes += [fisher_table(self.fishers)] if self.fishers else []
+        notes += [divergence_table(self.divergences)] if self.divergences else []
         return notes
 
     def _details(self) -> Mapping[str, Any]:
@@ -207,4 +212,5 @@ class Record:
             **({"tries": self.tries} if self.tries else {}),
             **({"fishers": self.fishers} if self.fishers else {}),
             **({"aftermaths": self.aftermaths} if self.aftermaths else {}),
+            **({"divergences": self.divergences} if self.divergences else {}),
         }

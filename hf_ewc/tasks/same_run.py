@@ -38,6 +38,9 @@ RECORDED = (
     "fp16",
 )
 
+# A run that stopped at the gate may go on with another; what is measured beside changes nothing.
+FREE = (*OF_THE_GATE, "kl_examples")
+
 
 def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
     """What has to be the same for one run to go on from another, in JSON's types."""
@@ -50,9 +53,7 @@ def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
         "evaluate_also": [_settings_of_task(task, plan, model) for task in plan.evaluate_also],
         "ewc_config": None if plan.config is None else asdict(plan.config),
         "sequence_config": {
-            name: value
-            for name, value in plan.sequence.changes().items()
-            if name not in OF_THE_GATE  # a run that stopped there may go on with another
+            name: value for name, value in plan.sequence.changes().items() if name not in FREE
         },
         "args": {name: getattr(plan.args, name, None) for name in RECORDED},
     }

@@ -10,6 +10,7 @@ from hf_ewc.config.checked import boolean, by_pattern, choice, hint, integer, mo
 
 KEPT = ("all", "last")
 AVERAGES = ("none", "mean", "constant", "fisher")
+COUNTS = ("replay_per_class", "replay_size", "replay_seed", "gate_retries", "kl_examples")
 OF_THE_GATE = ("max_forgetting", "gate_retries", "gate_factor")
 
 
@@ -158,6 +159,14 @@ class SequenceConfig:
     gate_factor: float = field(
         default=10.0, metadata=hint("Factor of the strength for each new try. Above 0.")
     )
+    kl_examples: int = field(
+        default=0,
+        metadata=hint(
+            "Measure at each task's end, on this many of its evaluation examples (200), the "
+            "divergence KL(before ‖ after) of the model from what it was before the task: "
+            "forgetting follows it (Shenfeld et al. 2025). 0: not."
+        ),
+    )
     keep_models: str = field(
         default="all",
         metadata=hint(
@@ -175,7 +184,7 @@ class SequenceConfig:
         if self.max_forgetting is not None:
             self.max_forgetting = number("max_forgetting", self.max_forgetting, low=0.0)
         choice("weight_average", self.weight_average, AVERAGES)
-        for name in ("replay_per_class", "replay_size", "replay_seed", "gate_retries"):
+        for name in COUNTS:
             setattr(self, name, integer(name, getattr(self, name), low=0))
         for name in ("joint_training", "grow_head", "separated_softmax", "align_weights"):
             boolean(name, getattr(self, name))

@@ -26,6 +26,7 @@ from hf_ewc.tasks.adapting import lacks_adapter
 from hf_ewc.tasks.aftermath import aftermath
 from hf_ewc.tasks.beginning import Beginning
 from hf_ewc.tasks.blueprint import Blueprint, check_saves_whole
+from hf_ewc.tasks.divergence import Divergence, in_words
 from hf_ewc.tasks.evaluation import evaluate, warn_of_lost
 from hf_ewc.tasks.fishers import fishers_of
 from hf_ewc.tasks.folder_lock import only_run_in
@@ -33,7 +34,7 @@ from hf_ewc.tasks.gate import lost, refusal
 from hf_ewc.tasks.growth import Growth
 from hf_ewc.tasks.history import history_of
 from hf_ewc.tasks.label_space import LabelSpace
-from hf_ewc.tasks.lambda_search import NOT_IN_SHARDS, LambdaSearch
+from hf_ewc.tasks.lambda_search import LambdaSearch
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process, is_main
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.progress import TaskProgress
@@ -41,6 +42,7 @@ from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.record import Record
 from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.run_folder import RunFolder
+from hf_ewc.tasks.shards import check_shards
 from hf_ewc.tasks.task import Figures, Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.tracking import SequenceTracker
@@ -76,6 +78,8 @@ class TaskRun:
         self._search = LambdaSearch(plan, self.space, self.protection, self._training, self.record)
         self._blueprint: Blueprint | None = None
         self._beginning = Beginning(model) if plan.sequence.joint_training else None
+        self._divergence = Divergence(plan, self.space)
+        self._kl: dict[str, Any] | None = None
         self._drift: dict[str, float] = {}
         self._lambdas: dict[str, float] = {}
         self._is_resumed = False
@@ -149,11 +153,15 @@ class TaskRun:
             self._make_whole()
 
     def _tell(self, index: int, trainer: Any) -> None:
-        """Say what the task has done to those before it, where something held it."""
+        """Say what the task has done to the model, and to those before it if they held it."""
+        self.record.divergences += [self._kl] if self._kl is not None else []
+        kl = None if self._kl is None else self._kl["kl"]
         if not self._drift:
+            if kl is not None and is_main():
+                logger.warning("After %r: %s.", self.plan.tasks[index].name, in_words(kl))
             return
         logs = trainer.state.log_history
-        found = aftermath(self.record.matrix, index, self._drift, self._lambdas, logs)
+        found = aftermath(self.record.matrix, index, self._drift, self._lambdas, logs, kl)
         self.record.aftermaths.append(plain(found.to_dict(), []))
         if is_main():
             logger.warning("%s", found.in_words())
@@ -229,16 +237,7 @@ class TaskRun:
             by_main_process(lambda: self.folder.note_replay(index, data.replayed or {}))
         self._search.find(index, self.model, data)
         trainer = self._trainer(index, data, factor)
-        in_shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if self.space.heads is not None and in_shards:
-            raise ValueError("head= does not go with FSDP or DeepSpeed yet; use DDP.")
-        if in_shards and self.plan.config is not None and self.plan.config.finds_lambda:
-            raise ValueError(NOT_IN_SHARDS)
-        if self.plan.sequence.head_warmup_share and trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "head_warmup_share does not go with DeepSpeed, whose engine steps within the "
-                "backward pass, before gradients can be taken away; use DDP or FSDP2."
-            )
+        check_shards(trainer, self.plan, self.space)
         if trainer.is_fsdp_enabled:
             check_saves_whole(trainer)
             self._draw_blueprint()
@@ -250,7 +249,9 @@ class TaskRun:
         trainer.add_callback(self._tracker)
         if index == 0:
             self._score_untrained(trainer)
+        self._divergence.remember(trainer, index)
         self._train(trainer, index, data)
+        self._kl = self._divergence.measured(trainer, index)
         self._score(trainer, index)
         return trainer
 
