@@ -52,6 +52,13 @@ def require_labels(batch: Batch) -> None:
 
 
 def no_labels(batch: Batch) -> ValueError:
+    listed = next((n for n in LABEL_NAMES if isinstance(batch.get(n), (list, tuple, dict))), None)
+    if listed is not None:
+        return ValueError(
+            f"{listed!r} is a {type(batch[listed]).__name__} in a batch; needed is a tensor with "
+            "the labels of each example in a row. Let the data_collator make one, or "
+            f"{USE_LOG_LIKELIHOOD}."
+        )
     given = f"The data has no labels: a batch holds {', '.join(batch) or 'nothing'}."
     if "return_loss" in batch or {"input_ids", "pixel_values"} <= batch.keys():
         return ValueError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_ewc.fisher.labels import LABEL_NAMES
@@ -31,13 +32,14 @@ class Inseparable(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """Entries along the first axis, `counts[n]` of them of example n, one example after another.
+    """Entries along one axis, `counts[n]` of them of example n, one example after another.
 
     With `optional`, the whole entry is left out where no example that is taken has any.
     """
 
     counts: tuple[int, ...]
     optional: bool = False
+    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,25 +163,93 @@ def _by_examples(value: Any, alone: Sequence[Any], path: str) -> Share:
             )
             for name, item in value.items()
         }
-    if not isinstance(value, (Tensor, np.ndarray, list, tuple)):
-        return SHARED
-    if isinstance(value, (Tensor, np.ndarray)) and (
-        value.ndim == 0 or any(one.ndim == 0 for one in present)
-    ):
-        if value.ndim == 0 and all(one.ndim == 0 for one in present):
-            return SHARED
-        raise Inseparable(f"{path} has another number of axes for an example alone")
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf"):
+        return _by_arrays(torch.as_tensor(value), _as_tensors(alone), path)
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return _shared(value, present, path)
     counts = tuple(0 if one is _MISSING else len(one) for one in alone)
     if sum(counts) == len(value):
+        _check_items(list(value), [item for one in present for item in one], path)
         return Rows(counts, optional=len(present) < len(alone))
     if len(present) == len(alone) and set(counts) == {len(value)}:
-        if isinstance(value, (Tensor, np.ndarray)):
-            return SHARED
         return [
             _by_examples(item, [one[i] for one in alone], f"{path}.{i}")
             for i, item in enumerate(value)
         ]
     raise Inseparable(f"{path} has {len(value)} rows, and {_listed(counts)} for examples alone")
+
+
+def _as_tensors(alone: Sequence[Any]) -> list[Any]:
+    return [one if one is _MISSING else torch.as_tensor(one) for one in alone]
+
+
+def _by_arrays(value: Tensor, alone: Sequence[Any], path: str) -> Share:
+    """Joined along the first axis, or a later one (time before batch), or the same for all."""
+    present = [one for one in alone if one is not _MISSING]
+    if any(one.ndim != value.ndim for one in present):
+        raise Inseparable(f"{path} has another number of axes for an example alone")
+    if value.ndim == 0:
+        return _shared(value, present, path)
+    joined = Rows(_lengths(alone, 0), optional=len(present) < len(alone))
+    if sum(joined.counts) == len(value):
+        # Padding and what is drawn at random make rows differ, numbers of rows are plain.
+        if _may_count_rows(value, joined) and not _is_joined(value, present, 0):
+            raise Inseparable(f"{path} says something else for an example alone")
+        return joined
+    if len(present) == len(alone):
+        for axis in range(1, value.ndim):
+            counts = _lengths(alone, axis)
+            if sum(counts) == value.shape[axis] and _is_joined(value, present, axis):
+                return Rows(counts, axis=axis)
+        if len(value) == 1 and {len(one) for one in present} == {1}:  # as positions of all texts
+            return SHARED
+        if all(one.shape == value.shape for one in present):
+            return _shared(value, present, path)
+    raise Inseparable(
+        f"{path} has the shape {tuple(value.shape)}, and {tuple(present[0].shape)} for an example "
+        "alone"
+    )
+
+
+def _lengths(alone: Sequence[Any], axis: int) -> tuple[int, ...]:
+    return tuple(0 if one is _MISSING else one.shape[axis] for one in alone)
+
+
+def _may_count_rows(value: Tensor, joined: Rows) -> bool:
+    """Whether these may be places in the batch: whole numbers, one each or a table of them."""
+    whole = not value.is_floating_point() and value.dtype is not torch.bool
+    return whole and (value.ndim == 1 or set(joined.counts) != {1})
+
+
+def _is_joined(value: Tensor, present: Sequence[Tensor], axis: int) -> bool:
+    """Whether the entries are those of the examples alone; where they were padded it may be."""
+    parts = value.split([one.shape[axis] for one in present], axis)
+    for part, one in zip(parts, present, strict=True):
+        if part.shape == one.shape and not _same(part, one):
+            return False
+    return True
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(
+            one.nan_to_num(), other.to(one).nan_to_num()
+        )
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+
+
+def _shared(value: Any, present: Sequence[Any], path: str) -> Shared:
+    plain = isinstance(value, (Tensor, *PLAIN))
+    if plain and not all(_same(value, one) for one in present):
+        raise Inseparable(f"{path} is {value!s:.40}, and {present[0]!s:.40} for an example alone")
+    return SHARED
+
+
+def _check_items(value: Sequence[Any], items: Sequence[Any], path: str) -> None:
+    """Refuse a list of numbers or texts that is not that of the examples alone."""
+    for item, own in zip(value, items, strict=True):
+        if isinstance(item, PLAIN) and not _same(item, own):
+            raise Inseparable(f"{path} has {item!s:.40}, and {own!s:.40} for an example alone")
 
 
 def _kind(value: Any) -> object:
@@ -192,14 +262,22 @@ def _listed(counts: Sequence[int]) -> str:
 
 
 def _is_stack(name: str, value: Tensor, examples: Sequence[Any]) -> bool:
-    for example in examples:
+    for n, example in enumerate(examples):
         if not isinstance(example, Mapping):
             return False
         names = (name, *_OTHER_NAMES.get(name, ()))
         own = next((example[n] for n in names if n in example), _MISSING)
-        if _axes(own) != value.dim() - 1:
+        if _axes(own) != value.dim() - 1 or _is_second(value, own, n):
             return False
     return True
+
+
+def _is_second(value: Tensor, own: Any, n: int) -> bool:
+    """Whether an example lies along the second axis of what has as many rows as columns."""
+    if value.dim() < 2 or value.shape[0] != value.shape[1]:
+        return False
+    own = torch.as_tensor(own)
+    return not _same(value[n], own) and _same(value[:, n], own)
 
 
 def _axes(value: Any) -> int | None:
@@ -300,7 +378,7 @@ def _take_rows(value: Any, share: Rows, examples: Sequence[int]) -> Any:
     starts = [0, *itertools.accumulate(share.counts)]
     rows = [row for n in examples for row in range(starts[n], starts[n + 1])]
     if isinstance(value, (Tensor, np.ndarray)):
-        return value[rows]
+        return value[(slice(None),) * share.axis + (rows,)]
     return _like(value, [value[row] for row in rows])
 
 

@@ -89,12 +89,23 @@ def _second_axis(outputs: Outputs, batch: Batch) -> Distribution:
 def _softmax(shifted: bool, attended: bool) -> Callable[[Outputs, Batch], Distribution]:
     def read(outputs: Outputs, batch: Batch) -> Distribution:
         logits, labels = logits_of(outputs), labels_in(batch)
+        _check_number(logits[..., 0], logits, labels)
         labels = labels.reshape(logits.shape[:-1]).long()
         labels = _without_padding(labels, batch) if attended else labels
         labels = shift_left(labels) if shifted else labels
         return _categorical(logits, labels)
 
     return read
+
+
+def _check_number(places: Tensor, logits: Tensor, labels: Tensor) -> None:
+    if places.numel() != labels.numel():
+        raise ValueError(
+            f"Logits of shape {tuple(logits.shape)} came with labels of shape "
+            f"{tuple(labels.shape)}, which earlier batches, or the whole one, did not show. What "
+            "belongs to which example is told by the first axis of each input: give a data set of "
+            "examples with its data_collator, or batches of one example."
+        )
 
 
 def _categorical(logits: Tensor, labels: Tensor) -> Categorical:
@@ -162,6 +173,7 @@ def _each(kind: type[Independent], attended: bool) -> Callable[[Outputs, Batch],
                 f"{float(labels[are_there(labels)].min())} to "
                 f"{float(labels[are_there(labels)].max())}."
             )
+        _check_number(logits, logits, labels)
         examples = len(logits)
         return kind(logits.reshape(examples, -1), labels.reshape(examples, -1))
 
