@@ -7,7 +7,21 @@ import fisher_oracle
 import pytest
 import torch
 from models import Examples, bert, gpt2, llama, vit
-from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    FourierFTConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    RandLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import nn
 
 from hf_ewc import estimate_fisher
@@ -74,8 +88,33 @@ def test_names_and_values_are_those_of_the_merged_model(name):
         torch.testing.assert_close(current(weights[key]).detach(), value.detach(), msg=key)
 
 
-def test_another_kind_of_adapter_that_changes_the_weight():
-    model = randomized(get_peft_model(llama(), LoHaConfig(r=2, target_modules=["q_proj"])))
+def stirred(config, make=llama):
+    """With an adapter whose every parameter is another than at its beginning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(make(), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+ADDED = {
+    "LoHa": LoHaConfig(r=2, target_modules=["q_proj"]),
+    "LoKr": LoKrConfig(r=2, target_modules=["q_proj", "up_proj"]),
+    "AdaLoRA": AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["up_proj"]),
+    "VeRA": VeraConfig(r=2, target_modules=["up_proj"]),
+    "VB-LoRA": VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=["up_proj"]),
+    "RandLoRA": RandLoraConfig(r=2, target_modules=["q_proj"]),
+    "FourierFT": FourierFTConfig(n_frequency=10, target_modules=["up_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_another_kind_of_adapter_that_changes_the_weight(kind):
+    model = stirred(ADDED[kind])
     expected = dict(merged(model).named_parameters())
     for key, weight in weights_by_name(model).items():
         torch.testing.assert_close(current(weight).detach(), expected[key].detach(), msg=key)
@@ -133,6 +172,14 @@ REFUSED = {
     ),
     "bias": lambda: get_peft_model(
         bert(), LoraConfig(r=2, target_modules=["query"], lora_bias=True)
+    ),
+    "OFT, which turns": lambda: stirred(
+        OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"])
+    ),
+    "HRA, which reflects": lambda: stirred(HRAConfig(r=2, target_modules=["q_proj"])),
+    "BOFT": lambda: stirred(BOFTConfig(boft_block_size=4, target_modules=["q_proj"])),
+    "FourierFT of a transposed weight": lambda: stirred(
+        FourierFTConfig(n_frequency=10, target_modules=["c_proj"]), gpt2
     ),
     "convolution in groups": grouped_convolution,
     "single tokens": lambda: get_peft_model(

@@ -18,6 +18,16 @@ from torch import Tensor, nn
 
 _T = TypeVar("_T", Tensor, Tensor | None)
 _CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+# PEFT's layers whose `get_delta_weight` is what they add to W₀; that of others turns or scales it.
+_ADDITIVE = frozenset(
+    f"{name}Layer"
+    for name in (
+        "Lora", "Lycoris", "Vera", "VBLoRA", "RandLora", "FourierFT", "WaveFT", "C3A", "Gralora",
+        "Delora", "Shira", "TinyLora", "UniLora",
+    )
+)  # fmt: skip
+# Of these, those that return it transposed where the weight is held as (in, out).
+_BY_OUTPUT = frozenset({"FourierFTLayer", "WaveFTLayer"})
 
 
 @dataclass(frozen=True)
@@ -122,8 +132,10 @@ def why_no_weight(layer: BaseTunerLayer, adapter: str) -> str | None:
         return f"is a {type(variant).__name__}, which adds nothing to the weight"
     if isinstance(layer, _CONVOLUTIONS) and layer.get_base_layer().groups > 1:
         return "is on a convolution in groups, which PEFT cannot merge"
-    if not hasattr(layer, "get_delta_weight"):
-        return f"is a {type(layer).__name__}, which adds nothing to the weight"
+    kinds = [c.__name__ for c in type(layer).__mro__ if c.__name__.endswith("Layer")]
+    turned = bool(getattr(layer, "fan_in_fan_out", False)) and not _BY_OUTPUT.isdisjoint(kinds)
+    if _ADDITIVE.isdisjoint(kinds) or turned or not hasattr(layer, "get_delta_weight"):
+        return f"is a {kinds[0]}, of which no sum of the weight and what it adds is known here"
     return None
 
 
