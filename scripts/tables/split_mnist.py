@@ -30,7 +30,7 @@ KINDS = {
     "empirical": {**ALL, "fisher_type": "empirical"},
     "batched": {**ALL, "fisher_type": "batched", "fisher_batch_size": 128},
 }
-LAMBDAS = (1e4, 1e5, 1e6, 1e7)
+LAMBDAS = (1e4, 1e5, 1e6, 1e7, 1e8)
 GRID = {
     f"{name}, λ = {λ:g}": {**kind, "ewc_lambda": λ} for name, kind in KINDS.items() for λ in LAMBDAS
 }
