@@ -17,6 +17,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    PromptTuningConfig,
     RandLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -180,6 +181,9 @@ REFUSED = {
     "BOFT": lambda: stirred(BOFTConfig(boft_block_size=4, target_modules=["q_proj"])),
     "FourierFT of a transposed weight": lambda: stirred(
         FourierFTConfig(n_frequency=10, target_modules=["c_proj"]), gpt2
+    ),
+    "prompts": lambda: get_peft_model(
+        llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     ),
     "convolution in groups": grouped_convolution,
     "single tokens": lambda: get_peft_model(

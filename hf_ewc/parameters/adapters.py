@@ -36,6 +36,11 @@ def weights_by_name(model: nn.Module) -> dict[str, nn.Parameter | AdaptedWeight]
             changes one of several uses of a tied weight.
     """
     base = base_model(model)
+    if getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"The adapter of {class_name(model)} is a prompt, which changes no weight of the model "
+            "without it. Use ewc_space='adapter'."
+        )
     adapted = dict(_adapted(base))
     found: dict[str, nn.Parameter | AdaptedWeight] = {}
     for name, parameter in base.named_parameters():
@@ -98,11 +103,23 @@ def value_of(weight: Tensor | AdaptedWeight) -> Tensor:
 
 def fresh_adapters(model: nn.Module) -> list[str]:
     """The layers whose adapters still are products with B = 0, where the gradient of A is 0."""
-    return [
-        name
-        for name, weight in _adapted(base_model(model))
-        if weight.low_rank and not any(_is_nonzero(share.b) for share in weight.low_rank)
-    ]
+    found = []
+    for name, layer, adapters in _adapted_layers(base_model(model)):
+        factors = [_last_factor(layer, adapter) for adapter in adapters]
+        if all(factor is not None and not _is_nonzero(factor) for factor in factors):
+            found.append(name)
+    return found
+
+
+def _last_factor(layer: BaseTunerLayer, adapter: str) -> Tensor | None:
+    """B of a product B A; None for what is none."""
+    if adapter in getattr(layer, "lora_variant", {}):
+        return None
+    for held in (getattr(layer, "lora_B", {}), getattr(layer, "lora_embedding_B", {})):
+        if adapter in held:
+            factor: Tensor = getattr(held[adapter], "weight", held[adapter])
+            return factor
+    return None
 
 
 def _is_nonzero(factor: Tensor) -> bool:
@@ -132,16 +149,19 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def _adapted(base: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
-    for name, layer in base.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, AuxiliaryTrainingWrapper):
-            continue
-        adapters = _acting(layer)
-        if not adapters:
-            continue
+    for name, layer, adapters in _adapted_layers(base):
         inner = layer.get_base_layer()
         _check_kind(name, layer, adapters, inner)
         plain = ".".join(p for p in canonical_name(name).split(".") if p != "base_layer")
         yield f"{plain}.weight", AdaptedWeight(f"{plain}.weight", inner.weight, layer, adapters)
+
+
+def _adapted_layers(base: nn.Module) -> Iterator[tuple[str, BaseTunerLayer, tuple[str, ...]]]:
+    for name, layer in base.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, AuxiliaryTrainingWrapper):
+            adapters = _acting(layer)
+            if adapters:
+                yield name, layer, adapters
 
 
 def _acting(layer: BaseTunerLayer) -> tuple[str, ...]:
