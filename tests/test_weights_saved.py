@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
+from hf_ewc.tasks.heads import Head, Heads
 from hf_ewc.training.checkpoints import newest_whole_checkpoint
 from hf_ewc.training.saved_weights import load_weights
 from tests.models import Unused, bert, gpt2, vit
@@ -39,6 +40,30 @@ def test_weights_of_another_model_or_none_are_refused(tmp_path):
     for folder in (tmp_path / "final", tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="does not hold the weights of this model"):
             load_weights(gpt2(), folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", b"\xff" * 99, b"[]"], ids=range(4))
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_damaged_weights_are_named(name, content, tmp_path):
+    Trainer(model=bert(), args=arguments(tmp_path)).save_model(str(tmp_path / "final"))
+    path = tmp_path / "final" / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="does not hold the weights of this model"):
+        load_weights(bert(), tmp_path / "final")
+
+
+def test_damaged_adapters_are_named(tmp_path):
+    Trainer(model=with_adapters(), args=arguments(tmp_path)).save_model(str(tmp_path / "final"))
+    (tmp_path / "final" / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="does not hold the weights of this model"):
+        load_weights(with_adapters(), tmp_path / "final")
+
+
+def test_damaged_heads_are_named(tmp_path):
+    heads = Heads(bert(), {"a": Head(2)}, 0)
+    (tmp_path / "heads.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"heads\.safetensors is damaged"):
+        heads.load(tmp_path)
 
 
 def test_the_newest_whole_checkpoint(tmp_path):

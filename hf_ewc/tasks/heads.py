@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -203,12 +204,15 @@ class Heads:
         """Take back what `save` wrote.
 
         Raises:
-            ValueError: the file is not there, or is of other heads.
+            ValueError: the file is not there or damaged, or is of other heads.
         """
         path = folder / FILE
         if not path.is_file():
             raise ValueError(f"{path} is not there; it has the heads of all tasks.")
-        stored, own = load_file(path), self._tensors()
+        try:
+            stored, own = load_file(path), self._tensors()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged: {error!s:.200}") from error
         if any(name not in own or own[name].shape != t.shape for name, t in stored.items()):
             raise ValueError(f"{path} has the weights of other heads than these tasks'.")
         with torch.no_grad():

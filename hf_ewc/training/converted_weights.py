@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -25,6 +25,9 @@ def needs_conversion(model: nn.Module, folder: str | Path) -> bool:
     """Whether `folder` holds weights of `model` under names that it does not have.
 
     Never so for a model in shards: what FSDP2 and ZeRO-3 write has the model's names.
+
+    Raises:
+        ValueError: the file that names the weights is damaged.
     """
     plain = unwrap(model)
     if not isinstance(plain, PreTrainedModel):
@@ -61,9 +64,16 @@ def load_converted(model: nn.Module, folder: str | Path) -> bool:
 
 def _stored_names(folder: Path) -> set[str]:
     index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if single.is_file():
-        with safe_open(single, framework="pt") as file:
-            return set(file.keys())
+    path = index if index.is_file() else single
+    try:
+        if index.is_file():
+            return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return set(file.keys())
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder} does not hold the weights of this model: {path.name} is damaged "
+            f"({type(error).__name__}: {error!s:.200})."
+        ) from error
     return set()

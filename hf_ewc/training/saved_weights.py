@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             load_sharded_checkpoint(plain, str(folder), prefer_safe=True)
         else:
             load_model(plain, folder / SAFE_WEIGHTS_NAME)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} does not hold the weights of this model: {error}") from error
 
 
