@@ -19,7 +19,7 @@ from torch import nn
 
 import hf_ewc
 from hf_ewc import estimate_fisher
-from hf_ewc.fisher import untouched
+from hf_ewc.fisher import untouched, unwatched
 from tests.models import bert
 
 PACKAGE = str(Path(hf_ewc.__file__).parent)
@@ -219,3 +219,18 @@ def test_an_estimate_within_one_on_the_same_model_is_refused():
     with pytest.raises(RuntimeError, match="being estimated already"):
         estimate_fisher(model, batches(), log_likelihood=log_likelihood)
     assert state_of(model) == before
+
+
+def test_a_ctrl_c_at_any_line_of_a_forward_beside_leaves_none_behind():
+    source = unwatched.__file__
+
+    def beside():
+        with unwatched.unwatched():
+            pass
+
+    lines = [line for line in lines_of(beside) if line[0] == source]
+    assert len(lines) >= 4
+    for line in lines:
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupt_at(line, beside)
+        assert unwatched.is_watched(), line
