@@ -197,6 +197,7 @@ def test_fewer_examples_are_drawn_alike_each_time(tmp_path):
         ("text|label\nred, or not|a\nblau|b\n", "utf-8"),
         ("sep=;\ntext;label\nred, or not;a\nblau;b\n", "utf-8"),
         ('text, label\n"red, or not", a\nblau,b \n\n\n', "utf-8"),
+        ('text,label\n"red, or not",a,\nblau,b,\n', "utf-8"),
         ("text;label\r\nred, or not;a\r\nblau;b\r\n", "utf-8-sig"),
         ("text;label\nred, or not;a\nblau;b\n", "utf-16"),
     ],
@@ -245,6 +246,7 @@ GOOD = "text,label\nsome words,a\n"
         ("text,label\nx,0.5\n", GOOD, {}, "train.csv has the label 0.5"),
         ("some words,a\nothers,b\n", GOOD, {}, "The first line of such a file names its columns."),
         (GOOD + "a, b,c\n", GOOD, {}, "line 3, saw 3. What has the separator in it has to"),
+        ("text,label\nred, or not,a\nblue, too,b\n", GOOD, {}, "What has the separator in it has"),
         (GOOD + '"a,b\n', GOOD, {}, "A quotation mark that is opened there is not closed."),
         ("text,label\nx,1\ny,\n", GOOD, {}, "train.csv has 1 examples without a label, the "
          "first is number 2"),

@@ -54,6 +54,7 @@ def written(path: str | Path) -> dict[str, Any]:
         "skipinitialspace": True,
         "keep_default_na": False,
         "na_values": [""],
+        "index_col": False,  # a row longer than the first line makes no index of its first field
     }
     said = first.strip().lower()
     if said.startswith("sep=") and len(said) == 5:  # as Excel writes it
@@ -71,6 +72,6 @@ def what_helps(error: BaseException) -> str:
     said = str(error)
     if "EOF inside string" in said:
         return " A quotation mark that is opened there is not closed."
-    if "Error tokenizing data" in said:
+    if "Error tokenizing data" in said or "Length of header" in said:
         return " What has the separator in it has to stand in quotation marks."
     return ""

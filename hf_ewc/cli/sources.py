@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,17 @@ def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> da
 
 @contextlib.contextmanager
 def _unsaid() -> Iterator[None]:
-    """The library's own lines about an error that is raised as well are left out."""
+    """The library's own lines about an error that is raised as well are left out.
+
+    A table that is read with a loss, as where rows have more fields than the first line, is an
+    error.
+    """
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Length of header")
+            yield
     finally:
         datasets.logging.set_verbosity(before)
 
