@@ -1,6 +1,7 @@
 """What tasks of texts and of images share: examples with labels, and one head for all labels."""
 
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -194,7 +195,8 @@ def _name(value: Any, kind: Any, where: str) -> str:
     if isinstance(kind, ClassLabel) and isinstance(value, int) and 0 <= value < kind.num_classes:
         return str(kind.int2str(value))
     if isinstance(kind, Value) and isinstance(value, (str, bool, int)):
-        return str(value).strip()  # "a " is "a"
+        # "a " is "a", and "1.0" is 1 beside words as it is in a column of numbers
+        return re.sub(r"^(-?(0|[1-9]\d*))\.0*$", r"\1", str(value).strip())
     if isinstance(kind, Value) and isinstance(value, float) and value.is_integer():
         return str(int(value))  # whole numbers that a table has as floats
     raise ValueError(f"{where} has the label {value!r}; needed are words or whole numbers.")

@@ -160,6 +160,12 @@ def files(folder, train, evaluation):
         ([10, 9], ["9", "10"]),
         (["True", "False"], ["False", "True"]),
         (["2.0", "1.0"], ["1", "2"]),
+        (["true", "false"], ["false", "true"]),
+        (["true", "unknown", "false"], ["false", "true", "unknown"]),
+        (["01", "1"], ["01", "1"]),
+        (["x", "1e3"], ["1e3", "x"]),
+        (["12345678901234567890", "12345678901234567891"],) * 2,
+        (["2"] * 12_000 + ["none"], ["2", "none"]),
     ],
 )
 def test_names_of_labels_are_read_from_the_data(values, labels, tmp_path):
@@ -215,6 +221,24 @@ def test_a_table_of_an_old_code_page_is_read_and_said(tmp_path, caplog):
     task = TextTask("t", train_file=str(tmp_path / "x.csv"), eval_file=str(tmp_path / "x.csv"))
     assert [*load(task, None, None).train.column("text")] == ["“Café” für 5 €"]
     assert "x.csv is no UTF-8; it is read as Windows-1252" in caplog.text
+
+
+@pytest.mark.parametrize("values", [["true", "false"], ["01", "02"], ["1", "2"], ["1.0", "2.0"]])
+def test_a_label_is_the_same_in_both_files_whatever_else_they_hold(values, tmp_path):
+    rows = "text,label\n" + "".join(f"some words,{value}\n" for value in values)
+    task = TextTask("t", **files(tmp_path, rows + "others,neither\n", rows))
+    examples = load(task, None, None)
+    assert examples.train.labels == [*examples.eval.labels, "neither"]
+    assert examples.eval.labels in (values, ["1", "2"])
+
+
+@pytest.mark.parametrize("empty", [",", ", ", ' , ""'])
+def test_rows_of_empty_cells_are_no_examples(empty, tmp_path):
+    rows = f"text,label\n{empty}\none,a\n{empty}\ntwo,b\n{empty}\n"
+    examples = load(TextTask("t", **files(tmp_path, rows, rows)), None, None)
+    assert [*examples.train.column("text")] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"train\.csv has no examples"):
+        load(TextTask("t", **files(tmp_path, f"text,label\n{empty}\n", rows)), None, None)
 
 
 def test_words_that_look_missing_are_words(tmp_path):

@@ -35,8 +35,8 @@ def state_of(*values, tasks=1):
 def test_what_the_importance_tells(values, tasks, expected):
     state = state_of(*values, tasks=tasks)
     assert state.told_lambda() == pytest.approx(expected, rel=1e-6)
-    assert EWCConfig().settled(state.told_lambda).strength == state.told_lambda()
-    assert EWCConfig(ewc_lambda=3.0).settled(state.told_lambda).strength == 3.0
+    assert EWCConfig().settled(state).strength == state.told_lambda()
+    assert EWCConfig(ewc_lambda=3.0).settled(state).strength == 3.0
 
 
 def test_half_precision_tells_nearly_the_same():
@@ -53,6 +53,50 @@ def test_a_trainer_takes_it_from_its_state(tmp_path):
     assert trainer.ewc_penalty() == pytest.approx(expected, rel=1e-4)
     trainer.ewc_config.ewc_lambda_growth = 2.0  # one task, as far as it is known
     assert trainer.ewc_penalty() == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_layer_has_what_its_own_importance_tells(tmp_path):
+    model = vit()
+    state = EWCState(*random_quadratic(model))
+    layers: dict[str, list[str]] = {}
+    for name in state.importance:
+        level = name.split(".")
+        number = next((i for i, part in enumerate(level) if part.isdigit()), None)
+        layer = level[: number + 1] if number is not None else level[:-1][:2]
+        layers.setdefault(".".join(layer), []).append(name)
+    assert len(layers) > 3
+    expected = 0.0
+    for names in layers.values():
+        alone = EWCState(*({name: part[name] for name in names} for part in parts_of(state)))
+        told = by_hand_told(alone, 1)
+        for name in names:
+            assert state.told_layer_lambdas()[name] == pytest.approx(told)
+        expected += told * sum(quadratic(state, model, name) for name in names)
+    config = EWCConfig(ewc_layer_lambdas="state")
+    trainer = EWCTrainer(model, arguments(tmp_path), ewc_config=config, ewc_state=state)
+    assert trainer.ewc_penalty() == pytest.approx(expected, rel=1e-4)
+
+
+def parts_of(state):
+    return dict(state.importance), dict(state.anchor)
+
+
+def quadratic(state, model, name):
+    distance = model.get_parameter(name) - state.anchor[name]
+    return 0.5 * (state.importance[name] * distance**2).sum().item()
+
+
+def test_a_layer_that_is_no_layers_namesake_keeps_its_own():
+    parts = {"a.w": torch.ones(4), "w": torch.full((4,), 4.0), "b.a.w": torch.full((4,), 16.0)}
+    record = TaskRecord("a", 1, "exact", 1.0, "2026-01-01")
+    state = EWCState(parts, {k: torch.zeros(4) for k in parts}, tasks=[record])
+    config = EWCConfig(ewc_layer_lambdas="state").settled(state)
+    assert config.lambdas(parts) == pytest.approx({"a.w": 0.4, "w": 0.2, "b.a.w": 0.1})
+
+
+def test_layers_are_told_only_where_all_is_told():
+    with pytest.raises(ValueError, match=r"ewc_lambda is 3\.0; leave that at 'state'"):
+        EWCConfig(ewc_lambda=3.0, ewc_layer_lambdas="state")
 
 
 @pytest.fixture(scope="module")

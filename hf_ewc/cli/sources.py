@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from hf_ewc.cli.csv_cells import as_words, with_numbers
 from hf_ewc.cli.csv_dialect import encoding_of, what_helps, written
 
 READERS = {
@@ -47,7 +48,11 @@ def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> da
         options = {"encoding": encoding_of(path), **options}
     try:
         with _unsaid():
+            if reader == "csv":
+                options["features"] = as_words(path, options)
             found = datasets.load_dataset(reader, data_files=path, split="train", **options)
+            if reader == "csv":
+                found = with_numbers(found)
     except Exception as error:  # whatever its reader raises
         if "corresponds to no data" in str(error):
             raise ValueError(f"{path} has no examples.") from error

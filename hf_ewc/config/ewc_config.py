@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from hf_ewc.config.checked import (
     boolean,
@@ -28,6 +29,14 @@ FISHER_DATA = ("train", "held_out")
 FISHER_CHOICES = ("auto", "exact", "sampled", "empirical", "batched")
 
 
+class TellsLambda(Protocol):
+    """What λ is taken from where nobody gives one: an `EWCState`."""
+
+    def told_lambda(self) -> float: ...
+
+    def told_layer_lambdas(self) -> dict[str, float]: ...
+
+
 @dataclass
 class EWCConfig:
     """How strongly, where and with which Fisher information a model is held to its anchor.
@@ -40,7 +49,7 @@ class EWCConfig:
     in lists, a single entry with a character that no module name has (one of `*+?()[]{}|\\^$`) is
     taken as that regular expression: `--ewc_target_modules '.*layer\\.[01]\\..*'`.
     `ewc_layer_lambdas` is a dict, or on the command line the same as a JSON string:
-    `--ewc_layer_lambdas '{"encoder.layer.0": 10, ".*bias": 0}'`.
+    `--ewc_layer_lambdas '{"encoder.layer.0": 10, ".*bias": 0}'`, or "state".
 
     Raises:
         ValueError: at construction, for a value that is not allowed; it names the field, the value
@@ -94,7 +103,8 @@ class EWCConfig:
         metadata=hint(
             "λ by pattern in place of ewc_lambda, as JSON: a pattern is a suffix of the name of a "
             "module or parameter, or a regular expression for one; the longest match wins. For "
-            "layers that should move more than the others, or less."
+            "layers that should move more than the others, or less. 'state' takes for each layer "
+            "what its own importance tells, beside ewc_lambda 'state'."
         ),
     )
     ewc_target_modules: list[str] | str | None = field(
@@ -237,7 +247,13 @@ class EWCConfig:
         choice("ewc_state_dtype", self.ewc_state_dtype, STATE_DTYPES)
         choice("fisher_type", self.fisher_type, FISHER_CHOICES)
         choice("fisher_data", self.fisher_data, FISHER_DATA)
-        self.ewc_layer_lambdas = by_pattern("ewc_layer_lambdas", self.ewc_layer_lambdas)
+        if self.ewc_layer_lambdas != STATE:
+            self.ewc_layer_lambdas = by_pattern("ewc_layer_lambdas", self.ewc_layer_lambdas)
+        elif self.ewc_lambda != STATE:
+            raise ValueError(
+                f"ewc_layer_lambdas is 'state', which tells the λ of every layer, and ewc_lambda "
+                f"is {self.ewc_lambda!r}; leave that at 'state'."
+            )
         self.ewc_target_modules = modules("ewc_target_modules", self.ewc_target_modules)
         self.ewc_exclude_modules = modules("ewc_exclude_modules", self.ewc_exclude_modules)
         for name in ("ewc_offload", "ewc_log_groups", "fisher_stratified"):
@@ -278,15 +294,18 @@ class EWCConfig:
             "a trainer by itself give a number, which hf_ewc.find_lambda(trainer) finds."
         )
 
-    def settled(self, told_lambda: Callable[[], float]) -> EWCConfig:
-        """The settings with a number for λ where the state tells it.
+    def settled(self, told: TellsLambda) -> EWCConfig:
+        """The settings with numbers for λ where the state tells it.
 
         Args:
-            told_lambda: of the state that is in force (`EWCState.told_lambda`).
+            told: the state that is in force.
         """
         if self.ewc_lambda != STATE:
             return self
-        return replace(self, ewc_lambda=told_lambda())
+        layers = self.ewc_layer_lambdas
+        if layers == STATE:
+            layers = told.told_layer_lambdas()
+        return replace(self, ewc_lambda=told.told_lambda(), ewc_layer_lambdas=layers)
 
     def strength_after(self, num_tasks: int) -> float | None:
         """λ after k consolidated tasks, ewc_lambda · growth^(k − 1); None before the first."""

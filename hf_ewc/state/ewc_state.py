@@ -25,7 +25,7 @@ from hf_ewc.state.consolidation import Consolidation, Parameters, Settings
 from hf_ewc.state.packed import PackedTensor, TensorMap
 from hf_ewc.state.quadratic import half_square, sum_of
 from hf_ewc.state.records import ReadOnly, TaskRecord, as_json, check_records
-from hf_ewc.state.told_lambda import told_lambda
+from hf_ewc.state.told_lambda import told_lambda, told_layer_lambdas
 
 __all__ = ["EWCState", "TaskRecord"]
 
@@ -98,6 +98,10 @@ class EWCState:
     def told_lambda(self) -> float:
         """λ where nobody gives one, min(0.4 / (g ρ²), 1e4): see `hf_ewc.state.told_lambda`."""
         return told_lambda(self.importance, self.num_tasks)
+
+    def told_layer_lambdas(self) -> dict[str, float]:
+        """For each parameter the same of its layer alone, as `ewc_layer_lambdas` takes it."""
+        return told_layer_lambdas(self.importance, self.num_tasks)
 
     @property
     def nbytes(self) -> int:

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
 
 from hf_ewc.parameters.sharding import whole
-from hf_ewc.state.packed import TensorMap
+from hf_ewc.report.layers import layer_of
+
+if TYPE_CHECKING:
+    from hf_ewc.state.ewc_state import EWCState
 
 REACH = 0.4  # 1/δ, for a share ρ of 1: fitted to short sequences of images and texts
 LARGEST = 1e4
 
 
-def told_lambda(importance: TensorMap, num_tasks: int) -> float:
+class Told:
+    """What a state tells, found once.
+
+    Args:
+        state: that is in force.
+    """
+
+    def __init__(self, state: EWCState) -> None:
+        self.told_lambda = cache(state.told_lambda)
+        self.told_layer_lambdas = cache(state.told_layer_lambdas)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Of the entries of an importance: Σ √A, Σ A, and how many are above 0."""
+
+    roots: float
+    total: float
+    number: int
+
+
+def told_lambda(importance: Mapping[str, Tensor], num_tasks: int) -> float:
     """λ = min(0.4 / (g ρ²), 1e4), for an importance A that K tasks have added up to.
 
     g = (1/n) Σ_i √(A_i / K),   ρ = (Σ_i √A_i)² / (n Σ_i A_i),   over the n entries with A_i > 0
@@ -28,12 +58,30 @@ def told_lambda(importance: TensorMap, num_tasks: int) -> float:
 
     Under FSDP2 every process has to call it, and each gets the same.
     """
-    roots, total, number = 0.0, 0.0, 0
+    return _told([_sums(importance[name]) for name in importance], num_tasks)
+
+
+def told_layer_lambdas(importance: Mapping[str, Tensor], num_tasks: int) -> dict[str, float]:
+    """For each parameter `told_lambda` of its layer, by that layer's importance alone."""
+    layers: dict[str, list[_Sums]] = {}
     for name in importance:
-        values = importance[name]
-        roots += float(whole(values.sqrt().sum(dtype=torch.float64)))
-        total += float(whole(values.sum(dtype=torch.float64)))
-        number += int(whole((values > 0).sum()))
+        layers.setdefault(layer_of(name), []).append(_sums(importance[name]))
+    told = {layer: _told(parts, num_tasks) for layer, parts in layers.items()}
+    return {name: told[layer_of(name)] for name in importance}
+
+
+def _sums(values: Tensor) -> _Sums:
+    return _Sums(
+        float(whole(values.sqrt().sum(dtype=torch.float64))),
+        float(whole(values.sum(dtype=torch.float64))),
+        int(whole((values > 0).sum())),
+    )
+
+
+def _told(parts: Iterable[_Sums], num_tasks: int) -> float:
+    roots, total, number = 0.0, 0.0, 0
+    for part in parts:
+        roots, total, number = roots + part.roots, total + part.total, number + part.number
     if total == 0.0:
         return 1.0
     typical = roots / number / max(num_tasks, 1) ** 0.5

@@ -67,7 +67,7 @@ class Protection:
         """The settings for task `index`, λ a number also where the state tells it."""
         if self.config is None:
             return None
-        return self.config.settled(self._of(self._plan.tasks[index]).told_lambda)
+        return self.config.settled(self._of(self._plan.tasks[index]))
 
     def told_lambda(self, index: int) -> float:
         """λ that the state tells for task `index`."""
@@ -92,7 +92,7 @@ class Protection:
         strength = factor * self._plan.sequence.l2sp_lambda
         state = self._of(self._plan.tasks[index]) if with_ewc else EWCState()
         if config is not None and (strength or factor != 1.0):
-            config = config.settled(state.told_lambda)
+            config = config.settled(state)
         if config is not None and factor != 1.0:
             config = stronger(config, factor)
         if strength and index:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from hf_ewc.parameters.adapters import space_of
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.state import heads
 from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.state.told_lambda import Told
 from hf_ewc.training import deepspeed
 from hf_ewc.training.penalty import Penalty
 from hf_ewc.training.penalty_log import PenaltyLog, warn_about
@@ -40,7 +40,7 @@ class ActivePenalty:
         self._state = state
         self._model = model
         self._settings = replace(config)  # a copy, which no change of `config` reaches
-        self._told_lambda = cache(state.told_lambda)
+        self._told = Told(state)
         self.penalty = Penalty(state, model, self._strengths(), config.ewc_offload)
         names = [term.name for term in self.penalty.terms]
         self.log = PenaltyLog(names, config.ewc_log_groups)
@@ -98,7 +98,7 @@ class ActivePenalty:
 
     def _strengths(self) -> dict[str, float]:
         """λ of each parameter of the state, 0 where the configuration leaves it free."""
-        config, state = self._settings.settled(self._told_lambda), self._state
+        config, state = self._settings.settled(self._told), self._state
         strengths = config.lambdas(state.importance, state.num_tasks)
         patterns = config.ewc_target_modules, config.ewc_exclude_modules
         if not any(patterns):

@@ -154,7 +154,7 @@ class EWCMixin(StateHolder):
             config.ewc_state_dtype,
             config.ewc_keep_fraction,
             "cpu" if config.ewc_offload else None,
-            config.settled(self._ewc_state.told_lambda).strength_after(self._ewc_state.num_tasks),
+            config.settled(self._ewc_state).strength_after(self._ewc_state.num_tasks),
         )
         finish = self._ewc_state.begin_consolidation(fisher, self._ewc_model, settings, name)
         self._ewc_weights_in_use.note("consolidated", self._ewc_model)
@@ -324,7 +324,7 @@ class EWCMixin(StateHolder):
         patterns = config.ewc_target_modules, config.ewc_exclude_modules
         if any(patterns) or config.ewc_layer_lambdas:
             names = select_parameters(self._ewc_model, *patterns, space=config.ewc_space)
-            config.settled(state.told_lambda).lambdas(state.importance or names)
+            config.settled(state).lambdas(state.importance or names)
 
     def _ewc_bound(self) -> ActivePenalty:
         """The penalty on the model's present parameters, also outside of a run."""

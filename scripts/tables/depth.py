@@ -1,9 +1,10 @@
-"""λ by depth: held more, or less, the nearer a layer is to the pixels.
+"""λ by layer: more, or less, the nearer a layer is to the pixels, or as each layer's state tells.
 
     scripts/reproduce depth [--seeds 3]
 
 The digits of `scripts/quickstart`, λ = 1e4 everywhere, beside three times as much, or a third, in
-each step from the upper layer down: lower layer, embeddings.
+each step from the upper layer down: lower layer, embeddings. And λ as the state tells it of all
+parameters together, beside what it tells of each layer.
 """
 
 from pathlib import Path
@@ -24,6 +25,8 @@ METHODS = {
     "everywhere": {"ewc_lambda": MIDDLE},
     "more below": by_depth(3.0),
     "less below": by_depth(1 / 3),
+    "state": {"ewc_lambda": "state"},
+    "state, by layer": {"ewc_lambda": "state", "ewc_layer_lambdas": "state"},
 }
 
 
