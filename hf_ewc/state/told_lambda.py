@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,23 +11,8 @@ from torch import Tensor
 from hf_ewc.parameters.sharding import whole
 from hf_ewc.report.layers import layer_of
 
-if TYPE_CHECKING:
-    from hf_ewc.state.ewc_state import EWCState
-
 REACH = 0.4  # 1/δ, for a share ρ of 1: fitted to short sequences of images and texts
 LARGEST = 1e4
-
-
-class Told:
-    """What a state tells, found once.
-
-    Args:
-        state: that is in force.
-    """
-
-    def __init__(self, state: EWCState) -> None:
-        self.told_lambda = cache(state.told_lambda)
-        self.told_layer_lambdas = cache(state.told_layer_lambdas)
 
 
 @dataclass(frozen=True, slots=True)

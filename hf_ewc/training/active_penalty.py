@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from hf_ewc.parameters.adapters import space_of
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.state import heads
 from hf_ewc.state.ewc_state import EWCState
-from hf_ewc.state.told_lambda import Told
 from hf_ewc.training import deepspeed
 from hf_ewc.training.penalty import Penalty
 from hf_ewc.training.penalty_log import PenaltyLog, warn_about
@@ -40,7 +40,7 @@ class ActivePenalty:
         self._state = state
         self._model = model
         self._settings = replace(config)  # a copy, which no change of `config` reaches
-        self._told = Told(state)
+        self._told = _Told(state)
         self.penalty = Penalty(state, model, self._strengths(), config.ewc_offload)
         names = [term.name for term in self.penalty.terms]
         self.log = PenaltyLog(names, config.ewc_log_groups)
@@ -106,3 +106,15 @@ class ActivePenalty:
         space = space_of(state.importance, self._model)
         chosen = set(select_parameters(self._model, *patterns, trainable_only=False, space=space))
         return {name: value if name in chosen else 0.0 for name, value in strengths.items()}
+
+
+class _Told:
+    """What a state tells, found once.
+
+    Args:
+        state: that is in force.
+    """
+
+    def __init__(self, state: EWCState) -> None:
+        self.told_lambda = cache(state.told_lambda)
+        self.told_layer_lambdas = cache(state.told_layer_lambdas)
