@@ -51,6 +51,27 @@ def test_of_a_classifier(fisher_type, batch_size):
     assert found.confidence == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_of_many_labels_evenly_spaced_ones_stand_for_all(batch_size):
+    model = sharp(llama())
+    length, prompts = 60, (0, 20, 55)  # 59, 40 and 5 labels, of which 15, 14 and 5 are looked at
+    ids = torch.randint(2, 32, (3, length), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    for n, prompt in enumerate(prompts):
+        labels[n, :prompt] = -100
+    twin = copy.deepcopy(model).double().eval()
+    largest = twin(input_ids=ids).logits.softmax(-1).amax(-1)[:, :-1]
+    expected = numbers = 0
+    for n, step in enumerate((4, 3, 1)):
+        own = largest[n][labels[n, 1:] != -100].tolist()
+        expected += len(own) * sum(own[::step]) / len(own[::step])
+        numbers += len(own)
+    examples = [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    found = estimate_fisher(model, examples, batch_size=batch_size)
+    assert numbers == 104
+    assert found.confidence == pytest.approx(expected / numbers, rel=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_of_a_language_model_it_is_over_labelled_tokens(batch_size, monkeypatch):
     monkeypatch.setattr("hf_ewc.fisher.likelihood.slices._SLICE", 64)

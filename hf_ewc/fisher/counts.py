@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,10 @@ from hf_ewc.fisher.likelihood.categorical import Categorical
 from hf_ewc.fisher.likelihood.distribution import Distribution, at_least_fp32
 from hf_ewc.fisher.likelihood.independent import Bernoulli
 from hf_ewc.fisher.likelihood.joint import Joint
-from hf_ewc.fisher.likelihood.slices import slices
+
+LOOKED_AT = 16
+"""Labels of an example, evenly spaced, whose outputs are looked at: all would cost a tenth of the
+passes of a language model."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class Counts:
 
     @property
     def confidence(self) -> float | None:
-        """The mean of max_c p(c | x) over all labels; None where some are not of classes."""
+        """The mean of max_c p(c | x) over all labels; None where some are not of classes.
+
+        Of more than `LOOKED_AT` labels of an example every so-manieth stands for its neighbours.
+        """
         return self.sure / self.labels if self.labels and self.classed == self.labels else None
 
 
@@ -66,10 +73,20 @@ def _certainty(distribution: Distribution) -> tuple[float, int]:
 
 
 def _of_classes(logits: Tensor, labels: Tensor) -> float:
-    """max_c p_c = 1 / Σ_c exp(l_c − max l), added up where there is a label."""
+    """Σ max_c p_c over the labels; where an example has many, as if all were like some of them."""
+    there = labels != IGNORED
+    if labels.shape[1] <= LOOKED_AT:
+        return float(_largest(logits)[there].sum(dtype=torch.float64))
     total = logits.new_zeros((), dtype=torch.float64)
-    for part, own in slices(logits, labels):
-        scores = at_least_fp32(part)
-        largest = (scores - scores.amax(-1, keepdim=True)).exp_().sum(-1).reciprocal_()
-        total += largest.masked_fill_(own == IGNORED, 0.0).sum(dtype=torch.float64)
+    for own, positions in zip(logits, there, strict=True):
+        labelled = positions.nonzero().flatten()
+        if number := len(labelled):
+            some = labelled[:: math.ceil(number / LOOKED_AT)]
+            total += number * _largest(own[some]).mean(dtype=torch.float64)
     return float(total)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """max_c p_c = 1 / Σ_c exp(l_c − max l), of shape (…) for logits (…, C)."""
+    scores = at_least_fp32(logits)
+    return (scores - scores.amax(-1, keepdim=True)).exp_().sum(-1).reciprocal_()
