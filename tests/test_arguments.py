@@ -1,5 +1,6 @@
 """The arguments of a script: a YAML file, the command line over it, and errors of one line."""
 
+import json
 from dataclasses import dataclass, field
 
 import pytest
@@ -122,3 +123,17 @@ def test_in_training_only_own_errors_lose_their_traceback(capsys):
     assert "ewc_lambda is -1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="invalid literal"), one_line_errors(only_own=True):
         int("a fault of anyone's")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_one_says_the_error_and_all_tell_their_launcher(
+    rank, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as left, one_line_errors():
+        raise ValueError("no such file")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.count("no such file") == (1 if rank == 0 else 0)
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert told == "ValueError: no such file"

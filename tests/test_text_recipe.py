@@ -70,6 +70,15 @@ def test_methods_side_by_side_in_two_processes(folder, tmp_path):
     assert (tmp_path / "run" / "stability_plasticity.png").exists()
 
 
+def test_a_mistake_is_said_once_by_two_processes(folder, tmp_path):
+    config = tmp_path / "wrong.yaml"
+    config.write_text((folder / "two.yaml").read_text().replace("text: first", "text: frist"))
+    code, output = run_recipe("sequential_text_classification", config, processes=2)
+    assert code != 0
+    assert output.count("error: ") == 1, output[-3000:]
+    assert "a_train.csv has no column 'frist'" in output
+
+
 def test_once_with_lora_and_what_the_command_line_says(folder, tmp_path):
     options = ["--use_peft", "--lora_r", "2", "--ewc_space", "weight", "--max_train_samples", "6"]
     command = [folder / "two.yaml", *options, "--output_dir", tmp_path]

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from transformers import HfArgumentParser
+
+from hf_ewc.processes import is_main_process
 
 _FAILED = 2
 
@@ -76,12 +79,12 @@ def one_line_errors(only_own: bool = False) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _fail(str(error))
+        _fail(error)
     except (ValueError, TypeError, RuntimeError) as error:
         from_anywhere = not only_own and not isinstance(error, RuntimeError)
         if not from_anywhere and not _is_own(error):
             raise
-        _fail(str(error))
+        _fail(error)
 
 
 def _is_own(error: Exception) -> bool:
@@ -127,7 +130,7 @@ class _Parser(HfArgumentParser):
     """Errors of one line, and defaults that may come from a file."""
 
     def error(self, message: str) -> NoReturn:
-        _fail(message)
+        _fail(ValueError(message))
 
     def fields(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
@@ -188,6 +191,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(error: Exception) -> NoReturn:
+    """End with one line; of several processes the first says it, the others tell their launcher."""
+    line = " ".join(str(error).split())
+    if is_main_process():
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    ErrorHandler().record_exception(error)  # for torchrun's table of what failed
     sys.exit(_FAILED)
