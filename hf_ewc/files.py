@@ -16,6 +16,26 @@ LOCK_FILE = ".hf_ewc.lock"
 _LEFTOVER = re.compile(r"\.ewc_state-[0-9a-f]{32}\.tmp")
 
 
+def folder_to_write(folder: object) -> Path:
+    """The path of a folder that is there, or that can be made.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is empty, or a file is in its way.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder is {folder!r:.60}; needed is the path of one.")
+    if not os.fspath(folder):
+        raise ValueError("folder is an empty path; give the path of one ('.' for this one).")
+    path = Path(folder)
+    for part in (path, *path.parents):
+        if part.is_dir():
+            break
+        if part.exists():
+            raise ValueError(f"{path} is to be a folder, and {part} is a file; give another path.")
+    return path
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     """Write `data` beside `path`, flush it to the disk, and move it to `path`.
 

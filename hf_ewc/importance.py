@@ -60,6 +60,11 @@ class Fisher:
             )
         if self.confidence is not None and not 0.0 <= self.confidence <= 1.0:
             raise ValueError(f"confidence is {self.confidence!r}; a probability is in 0 to 1.")
+        if not isinstance(self.diagonal, Mapping):
+            raise TypeError(
+                f"diagonal is a {type(self.diagonal).__name__}; needed is a dict of tensors by "
+                "parameter name."
+            )
         checked = {name: _checked(name, value) for name, value in self.diagonal.items()}
         object.__setattr__(self, "diagonal", checked)
 
@@ -82,6 +87,8 @@ class Fisher:
 
 
 def _checked(name: str, value: Tensor) -> Tensor:
+    if not isinstance(name, str):
+        raise TypeError(f"Fisher has the name {name!r}; a parameter's name is a string.")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"Fisher of {name!r} must be a floating-point tensor, got {value!r:.80}.")
     value = value.detach()

@@ -114,6 +114,6 @@ def test_consolidating_goes_on_from_a_packed_state():
 def test_packing_refuses_other_values():
     with pytest.raises(ValueError, match="float32, bfloat16, float16"):
         EWCState().pack("int8")
-    with pytest.raises(ValueError, match="above 0, at most 1"):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
         EWCState().pack(keep_fraction=0.0)
     assert not EWCState().pack("float16", 0.5)

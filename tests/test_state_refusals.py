@@ -59,9 +59,9 @@ def test_other_than_floating_tensors_are_refused():
     ("arguments", "message"),
     [
         ({"mode": "both"}, "'online', 'separate'"),
-        ({"gamma": 1.01}, "from 0 to 1"),
-        ({"gamma": -0.1}, "from 0 to 1"),
-        ({"gamma": float("nan")}, "from 0 to 1"),
+        ({"gamma": 1.01}, "of at least 0 and at most 1"),
+        ({"gamma": -0.1}, "of at least 0 and at most 1"),
+        ({"gamma": float("nan")}, "of at least 0 and at most 1"),
         ({"weight": -1.0}, "at least 0"),
         ({"weight": float("inf")}, "finite"),
         ({"weight": float("nan")}, "finite"),

@@ -43,6 +43,11 @@ def number(
     return found
 
 
+def share(name: str, value: object) -> float:
+    """A part of a whole that is not nothing."""
+    return number(name, value, low=0.0, high=1.0, open_low=True)
+
+
 def integer(name: str, value: object, low: int, also: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         refuse(name, value, f"an integer of at least {low}" + (f", or {also}" if also else ""))

@@ -16,6 +16,7 @@ from hf_ewc.config.checked import (
     modules,
     number,
     refuse,
+    share,
 )
 from hf_ewc.parameters.selection import layer_lambdas
 
@@ -233,9 +234,7 @@ class EWCConfig:
         self.ewc_lambda_growth = number(
             "ewc_lambda_growth", self.ewc_lambda_growth, low=0.0, open_low=True
         )
-        self.ewc_keep_fraction = number(
-            "ewc_keep_fraction", self.ewc_keep_fraction, low=0.0, high=1.0, open_low=True
-        )
+        self.ewc_keep_fraction = share("ewc_keep_fraction", self.ewc_keep_fraction)
         if self.finds_lambda and self.ewc_lambda_growth != 1.0:
             raise ValueError(
                 f"ewc_lambda is 'auto', which finds λ for each task, and ewc_lambda_growth is "

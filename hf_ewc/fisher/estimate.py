@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_ewc.config.checked import integer
 from hf_ewc.fisher.counts import Counts
 from hf_ewc.fisher.estimation import Estimation, warn_of_slowness
 from hf_ewc.fisher.examples.batch import Collator
@@ -103,7 +104,9 @@ def estimate_fisher(
         torch.OutOfMemoryError: one example does not fit in memory, or, where parameters are sharded
             (then in the process that it happens to, which has to end) or for "batched", a batch.
     """
-    _check_arguments(fisher_type, num_samples, batch_size, fallback, num_draws, log_likelihood)
+    _check_arguments(
+        fisher_type, num_samples, batch_size, fallback, num_draws, seed, log_likelihood
+    )
     plain = unwrap(model)
 
     def estimate() -> Fisher:
@@ -167,6 +170,7 @@ def _check_arguments(
     batch_size: int,
     fallback: str,
     num_draws: int,
+    seed: int,
     log_likelihood: LogLikelihood | None,
 ) -> None:
     allowed = ("auto", *FISHER_TYPES)
@@ -177,11 +181,11 @@ def _check_arguments(
             f"fisher_type={fisher_type!r} needs the distribution of labels, which log_likelihood "
             "does not give; use 'empirical' or 'auto' with it."
         )
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    if num_draws < 1:
-        raise ValueError(f"num_draws is {num_draws}; it must be at least 1.")
+    if num_samples is not None:
+        integer("num_samples", num_samples, low=1, also="None for all")
+    integer("batch_size", batch_size, low=1)
+    integer("num_draws", num_draws, low=1)
+    integer("seed", seed, low=0)
     if fallback not in ("warn", "error"):
         raise ValueError(f"fallback is {fallback!r}; allowed are 'warn' and 'error'.")
 

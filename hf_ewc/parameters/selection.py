@@ -110,7 +110,10 @@ def names_in(
 
     Raises:
         ValueError: an entry matches none; it names `field`, and `owner` as what has the names.
+        TypeError: these are no patterns.
     """
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{field} is {patterns!r}; needed are suffixes of names in a list.")
     matchers = {
         pattern: _whole_matcher(pattern) if isinstance(patterns, str) else _plain_matcher(pattern)
         for pattern in ([patterns] if isinstance(patterns, str) else patterns)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_ewc.config.checked import number, share
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
 from hf_ewc.parameters.adapted_weight import AdaptedWeight
@@ -16,7 +17,7 @@ from hf_ewc.parameters.adapters import value_of, weights_named
 from hf_ewc.parameters.names import canonical_name
 from hf_ewc.state.compatibility import misfits, refuse_misfits
 from hf_ewc.state.packed import PackedTensor, TensorMap, dense
-from hf_ewc.state.packing import SHARDED, Largest, cast_to, check_keep_fraction, state_dtype
+from hf_ewc.state.packing import SHARDED, Largest, cast_to, state_dtype
 from hf_ewc.state.quadratic import MODES, combined, grown
 
 Parameters = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -44,14 +45,13 @@ class Settings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; allowed are {', '.join(map(repr, MODES))}.")
-        if not 0.0 <= self.gamma <= 1.0:
-            raise ValueError(f"gamma is {self.gamma!r}; allowed is a number from 0 to 1.")
-        if not 0.0 <= self.weight < math.inf:
-            raise ValueError(
-                f"weight is {self.weight!r}; allowed is a finite number of at least 0."
-            )
+        for name, checked in (
+            ("gamma", number("gamma", self.gamma, low=0.0, high=1.0)),
+            ("weight", number("weight", self.weight, low=0.0)),
+            ("keep_fraction", share("keep_fraction", self.keep_fraction)),
+        ):
+            object.__setattr__(self, name, checked)
         state_dtype(self.dtype)
-        check_keep_fraction(self.keep_fraction)
 
 
 class Consolidation:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ewc.files import folder_to_write
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
 from hf_ewc.parameters.adapters import differentiable, weights_named
@@ -323,9 +324,10 @@ class EWCState:
                 bit for bit is not written again: the state names it, by the path from `folder`, and
                 is read only while that file is unchanged. Others are written, with a warning.
         """
+        place = folder_to_write(folder)
         write = is_main() if is_main_process is None else is_main_process
         fields = self.importance, self.anchor, self.offsets, self.tasks, self.metadata
-        storage.save(storage.Content(*fields), Path(folder), write, checkpoint)
+        storage.save(storage.Content(*fields), place, write, checkpoint)
 
     @classmethod
     def from_pretrained(

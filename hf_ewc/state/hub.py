@@ -26,8 +26,13 @@ def resolve(
 
     Raises:
         ValueError: `source` is no folder, and the Hub has no such repository or cannot be reached.
+        TypeError: it is no path at all.
     """
-    if Path(source).is_dir():
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"source is {source!r:.60}; needed is the folder of a state, or an id on the Hub."
+        )
+    if Path(source).is_dir() and str(source):
         return Path(source)
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source) or Path(source).exists():
         raise ValueError(f"{str(source)!r} is not a folder; give one that holds an EWC state.")

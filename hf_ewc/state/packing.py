@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_ewc.config.checked import share
 from hf_ewc.parameters.sharding import local_part, whole, with_local
 from hf_ewc.state.packed import FLOAT8, PackedTensor, TensorMap, dense
 
@@ -38,17 +39,12 @@ def state_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return STATE_DTYPES[name]
 
 
-def check_keep_fraction(fraction: float) -> None:
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"keep_fraction is {fraction!r}; allowed is a share above 0, at most 1.")
-
-
 def packed_into(
     importance: TensorMap, anchor: TensorMap, dtype: torch.dtype | str, keep_fraction: float
 ) -> tuple[TensorMap, TensorMap]:
     """The same importance and anchor in less memory; see `EWCState.pack`."""
     dtype = state_dtype(dtype)
-    check_keep_fraction(keep_fraction)
+    keep_fraction = share("keep_fraction", keep_fraction)
     largest = None
     if keep_fraction < 1.0:
         if importance.is_sharded:

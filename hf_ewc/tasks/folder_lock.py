@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hf_ewc.files import folder_to_write
+
 LOCK_FILE = ".run_tasks.lock"
 _held_here: set[Path] = set()
 
@@ -19,9 +21,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
     was killed (a data loader's workers) may outlive it. File systems without locks go without.
 
     Raises:
-        ValueError: another run holds the folder.
+        ValueError: another run holds the folder, or a file is in its place.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder_to_write(folder).mkdir(parents=True, exist_ok=True)
     path = (folder / LOCK_FILE).resolve()
     if path in _held_here:  # a process's locks do not hold against itself
         raise _in_use(folder)

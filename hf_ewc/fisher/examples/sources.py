@@ -156,6 +156,8 @@ def _shared(stream: Iterator[ExampleBatch], wanted: Selection) -> Source:
 def _is_indexable(data: Any) -> bool:
     if isinstance(data, Mapping):
         raise TypeError("data is a dict; needed is a data set, or an iterable of batches: [batch].")
+    if isinstance(data, (str, bytes)):
+        raise TypeError(f"data is {data!r:.60}; needed is a data set or iterable, not its name.")
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TypeError(f"data is a {type(data).__name__}; needed is a data set or iterable.")
     return hasattr(data, "__getitem__") and hasattr(data, "__len__")

@@ -1,0 +1,116 @@
+"""Arguments that cannot be meant, in the first calls that people make: one sentence each."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_tasks import arguments, two_tasks, vit
+
+from hf_ewc import EWCState, Fisher, estimate_fisher, run_tasks
+from tests.models import Examples, bert
+
+
+@pytest.fixture(scope="module")
+def known():
+    model = bert()
+    fisher = estimate_fisher(model, Examples("bert", 4))
+    return model, fisher, EWCState().consolidate(fisher, model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"gamma": "half"},
+            "gamma is 'half'; allowed is a finite number of at least 0 and at most",
+        ),
+        ({"gamma": 1.5}, "gamma is 1.5; allowed is"),
+        ({"weight": None}, "weight is None; allowed is a finite number of at least 0"),
+        ({"weight": True}, "weight is True; allowed is"),
+        ({"keep_fraction": "all"}, "keep_fraction is 'all'; allowed is a finite number above 0"),
+        ({"keep_fraction": 0}, "keep_fraction is 0; allowed is"),
+    ],
+)
+def test_how_a_task_is_folded_in(settings, message, known):
+    model, fisher, state = known
+    with pytest.raises(ValueError, match=re.escape(message)):
+        state.consolidate(fisher, model, **settings)
+
+
+@pytest.mark.parametrize("fraction", ["all", None, 2, float("nan")])
+def test_what_a_packed_state_keeps(fraction, known):
+    with pytest.raises(ValueError, match="keep_fraction is"):
+        known[2].pack(keep_fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_samples": "all"},
+            "num_samples is 'all'; allowed is an integer of at least 1, or None",
+        ),
+        ({"batch_size": 2.5}, "batch_size is 2.5; allowed is an integer"),
+        ({"num_draws": "2"}, "num_draws is '2'; allowed is an integer"),
+        ({"seed": None}, "seed is None; allowed is an integer of at least 0"),
+    ],
+)
+def test_how_a_fisher_is_estimated(settings, message, known):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        estimate_fisher(known[0], Examples("bert", 4), **settings)
+
+
+@pytest.mark.parametrize(
+    ("diagonal", "message"),
+    [
+        ([torch.ones(3)], "diagonal is a list; needed is a dict of tensors"),
+        (None, "diagonal is a NoneType"),
+        ({1: torch.ones(2)}, "Fisher has the name 1; a parameter's name is a string"),
+    ],
+)
+def test_what_a_fisher_holds(diagonal, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Fisher(diagonal)
+
+
+def test_data_that_is_text(known):
+    with pytest.raises(TypeError, match="data is 'abc'; needed is a data set"):
+        estimate_fisher(known[0], "abc")
+
+
+@pytest.mark.parametrize("source", [None, 3, ["runs"]])
+def test_where_a_state_is(source):
+    with pytest.raises(TypeError, match=r"source is .*; needed is the folder of a state"):
+        EWCState.from_pretrained(source)
+
+
+def test_an_empty_path_is_no_state(known, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known[2].save_pretrained(".")
+    with pytest.raises(ValueError, match="'' is not a folder"):
+        EWCState.from_pretrained("")
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "message"),
+    [
+        ("", ValueError, "folder is an empty path"),
+        (None, TypeError, "folder is None; needed is the path of one"),
+        ("file", ValueError, "file is to be a folder, and file is a file"),
+        ("file/inside", ValueError, "file/inside is to be a folder, and file is a file"),
+        (Path("file"), ValueError, "is to be a folder"),
+    ],
+)
+def test_where_a_state_is_written(folder, kind, message, known, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("a user's")
+    with pytest.raises(kind, match=re.escape(message)):
+        known[2].save_pretrained(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_in_place_of_the_folder_of_a_run(tmp_path):
+    (tmp_path / "file").write_text("a user's")
+    with pytest.raises(ValueError, match=r"run is to be a folder, and .*file is a file"):
+        run_tasks(vit(), two_tasks(), arguments(tmp_path / "file" / "run"))
