@@ -163,6 +163,19 @@ def test_random_numbers_go_on_as_if_nothing_was(tmp_path: Path) -> None:
     assert relative_error(found, expected) < 1e-6
 
 
+def test_what_a_loss_logs_is_logged_once_for_each_batch(tmp_path: Path) -> None:
+    class Logs(Mean):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().compute_loss(*args, **kwargs)
+            self.log({"own": loss.item()})
+            return loss
+
+    _, trainer = trained(Logs, tmp_path, 2, 4)
+    assert trainer.calls == 4 + 3
+    assert len([entry for entry in trainer.state.log_history if "own" in entry]) == 4
+    assert "log" not in vars(trainer)
+
+
 def test_one_batch_a_step_needs_no_question(tmp_path: Path) -> None:
     _, trainer = trained(Mean, tmp_path, 4, 1)
     assert trainer.calls == 2

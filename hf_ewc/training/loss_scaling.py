@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_sharded
-from hf_ewc.training.repeatable import copied, same_buffers, same_random_numbers
+from hf_ewc.training.repeatable import copied, same_buffers, same_random_numbers, unlogged
 
 logger = logging.getLogger("hf_ewc")
 # What is found out, the answer of several processes being the largest of theirs.
@@ -92,7 +92,12 @@ def _item_count_use(
     """
     owners = [trainer, *model.modules()]
     with_graph = not any(map(is_sharded, model.parameters()))
-    with same_random_numbers(owners), same_buffers(model), torch.set_grad_enabled(with_graph):
+    with (
+        same_random_numbers(owners),
+        same_buffers(model),
+        unlogged(trainer),
+        torch.set_grad_enabled(with_graph),
+    ):
         prepared = trainer._prepare_inputs(copied(inputs))
 
         def loss(factor: int) -> float:

@@ -45,6 +45,19 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@contextlib.contextmanager
+def unlogged(trainer: Any) -> Iterator[None]:
+    """What a loss logs inside is not logged: it is computed again."""
+    own = vars(trainer).get("log")
+    trainer.log = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del trainer.log
+        if own is not None:
+            trainer.log = own
+
+
 def copied(inputs: Mapping[str, Any]) -> Any:
     """Inputs of the same type with tensors of their own, for a loss that changes them."""
     made: Any = copy.copy(inputs)
