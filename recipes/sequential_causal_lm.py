@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from text_domains import DomainArguments, domains_of, examples_of
 from transformers import (
@@ -52,6 +53,7 @@ DEFAULTS = dict(
     save_strategy="no",
     logging_strategy="no",
     report_to="none",
+    dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere it only warns
     max_grad_norm=0.0,  # clipping would shrink the task's gradient along with the penalty's
 )
 
@@ -67,8 +69,8 @@ def parsed(arguments: list[str] | None = None) -> tuple[Any, ...]:
         own.seeds(args.seed)
         if own.protect and own.use_peft and ewc.ewc_space != "weight":
             raise ValueError(
-                "protect with use_peft needs ewc_space: weight, since a new adapter's own weights "
-                "know nothing of the pretraining."
+                "protect with use_peft needs ewc_space: weight, since each run begins with an "
+                "adapter of its own, drawn at random, which no state of the pretraining knows."
             )
     return found
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from image_tasks import ImageArguments, ImageTask, permuted, pixels_for, with_pixels
 from labelled_data import check_growth, load_all, names_of_head, rows_of_head, tasks_of
@@ -50,6 +51,7 @@ DEFAULTS = dict(
     save_strategy="no",
     logging_strategy="no",
     report_to="none",
+    dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere it only warns
     max_grad_norm=0.0,  # clipping would shrink the task's gradient along with the penalty's
 )
 
