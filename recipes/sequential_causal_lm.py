@@ -140,7 +140,8 @@ def pretraining(
         args=args,
         train_dataset=general,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        ewc_config=replace(ewc, ewc_lambda=1.0),  # which plays no part here, and may be "auto"
+        # λ plays no part here, and may be "auto".
+        ewc_config=replace(ewc, ewc_lambda=1.0, ewc_layer_lambdas=None),
     )
     return trainer.consolidate(name=own.protect.name)
 
