@@ -207,7 +207,7 @@ def _in_order(names: Iterable[str], kind: Any) -> list[str]:
     if isinstance(kind, ClassLabel):
         return [name for name in kind.names if name in names]
     are_numbers = all(name.lstrip("-").isdigit() for name in names)
-    return sorted(names, key=int if are_numbers else str)
+    return sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
 
 
 def _drawn(where: str, data: Dataset, names: list[str | None], most: int | None) -> Part:
