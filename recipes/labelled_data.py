@@ -206,7 +206,7 @@ def _in_order(names: Iterable[str], kind: Any) -> list[str]:
     """In the order of the classes' numbers where they have one, else of the alphabet."""
     if isinstance(kind, ClassLabel):
         return [name for name in kind.names if name in names]
-    are_numbers = all(name.lstrip("-").isdigit() for name in names)
+    are_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
     return sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _WHOLE = r"^\s*-?(0|[1-9][0-9]{0,14})\s*$"  # no more digits than an fp64 holds: not those of an id
-_NUMBER = r"^\s*-?(0|[1-9][0-9]{0,14})?(\.[0-9]*)?([eE][-+]?[0-9]+)?\s*$"
+_NUMBER = r"^\s*-?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$"
 
 
 def as_words(path: str, options: Mapping[str, Any]) -> datasets.Features:
@@ -41,9 +41,7 @@ def _kind(column: pa.ChunkedArray) -> str | None:
     """The numbers that a column holds, or None for words."""
     if column.null_count == len(column):
         return None
-    if pc.all(pc.match_substring_regex(column, _WHOLE)).as_py():
-        return "int64"
-    has_digit = pc.match_substring_regex(column, r"[0-9]")
-    if pc.all(pc.and_(has_digit, pc.match_substring_regex(column, _NUMBER))).as_py():
-        return "float64"
+    for kind, pattern in (("int64", _WHOLE), ("float64", _NUMBER)):
+        if pc.all(pc.match_substring_regex(column, pattern)).as_py():
+            return kind
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,11 @@ def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> da
     """
     check_file(path, endings)
     reader = READERS[Path(path).suffix.lower()]
-    if reader == "csv":
-        options = {**written(path), **options}
-    elif reader == "text":
+    if reader == "text":
         options = {"encoding": encoding_of(path), **options}
     try:
         with _unsaid():
-            if reader == "csv":
-                options["features"] = as_words(path, options)
-            found = datasets.load_dataset(reader, data_files=path, split="train", **options)
-            if reader == "csv":
-                found = with_numbers(found)
+            found = _from_csv(path, options) if reader == "csv" else _read(path, reader, options)
     except Exception as error:  # whatever its reader raises
         if "corresponds to no data" in str(error):
             raise ValueError(f"{path} has no examples.") from error
@@ -62,6 +56,16 @@ def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> da
     if not len(found):
         raise ValueError(f"{path} has no examples.")
     return found
+
+
+def _read(path: str, reader: str, options: Mapping[str, Any]) -> datasets.Dataset:
+    return datasets.load_dataset(reader, data_files=path, split="train", **options)
+
+
+def _from_csv(path: str, options: Mapping[str, Any]) -> datasets.Dataset:
+    """As words, of which whole columns are made numbers."""
+    options = {**written(path), **options}
+    return with_numbers(_read(path, "csv", {**options, "features": as_words(path, options)}))
 
 
 @contextlib.contextmanager

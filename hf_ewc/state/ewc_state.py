@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ewc.files import folder_to_write
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters import sharding
 from hf_ewc.parameters.adapters import differentiable, weights_named
@@ -101,7 +100,7 @@ class EWCState:
         return told_lambda(self.importance, self.num_tasks)
 
     def told_layer_lambdas(self) -> dict[str, float]:
-        """For each parameter the same of its layer alone, as `ewc_layer_lambdas` takes it."""
+        """For each parameter the λ of its layer alone, as `ewc_layer_lambdas` takes it."""
         return told_layer_lambdas(self.importance, self.num_tasks)
 
     @property
@@ -323,11 +322,14 @@ class EWCState:
             checkpoint: a folder or file of a model's weights (safetensors). An anchor that is there
                 bit for bit is not written again: the state names it, by the path from `folder`, and
                 is read only while that file is unchanged. Others are written, with a warning.
+
+        Raises:
+            ValueError: `folder` is empty or a file, or there are no weights in `checkpoint`.
+            TypeError: `folder` is no path.
         """
-        place = folder_to_write(folder)
         write = is_main() if is_main_process is None else is_main_process
         fields = self.importance, self.anchor, self.offsets, self.tasks, self.metadata
-        storage.save(storage.Content(*fields), place, write, checkpoint)
+        storage.save(storage.Content(*fields), folder, write, checkpoint)
 
     @classmethod
     def from_pretrained(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hf_ewc.files import (
     alone_in,
+    folder_to_write,
     move_into_place,
     remove_leftovers,
     replace_content,
@@ -120,7 +121,7 @@ def _changes(packed: PackedTensor) -> int:
 
 def save(
     content: Content,
-    folder: Path,
+    folder: str | os.PathLike[str],
     write: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> None:
@@ -133,8 +134,10 @@ def save(
         checkpoint: weights to refer to for the anchors that are there bit for bit.
 
     Raises:
-        ValueError: there are no weights in `checkpoint`.
+        ValueError: there are no weights in `checkpoint`, or `folder` is empty or a file.
+        TypeError: `folder` is no path.
     """
+    folder = folder_to_write(folder)
     in_shards = content.importance.is_sharded
     if not write:
         if in_shards:

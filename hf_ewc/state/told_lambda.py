@@ -45,7 +45,12 @@ def told_lambda(importance: Mapping[str, Tensor], num_tasks: int) -> float:
 
 
 def told_layer_lambdas(importance: Mapping[str, Tensor], num_tasks: int) -> dict[str, float]:
-    """For each parameter `told_lambda` of its layer, by that layer's importance alone."""
+    """For each parameter `told_lambda` of its layer, by that layer's importance alone.
+
+    λ_l = min(0.4 / (g_l ρ_l²), 1e4), g_l and ρ_l over layer l (`layer_of`) alone
+
+    Under FSDP2 every process has to call it, and each gets the same.
+    """
     layers: dict[str, list[_Sums]] = {}
     for name in importance:
         layers.setdefault(layer_of(name), []).append(_sums(importance[name]))

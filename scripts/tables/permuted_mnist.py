@@ -36,25 +36,26 @@ AS_PUBLISHED = {
     "fisher_samples": -1,
     "fisher_batch_size": 256,
 }
+STANDARD, AS_THEY_ARE = (0.1307, 0.3081), (0.0, 1.0)  # what is taken off the pixels, and divided by
+LONGER = {"plain": {}, "EWC": {"ewc_lambda": 30.0}}
 AVALANCHE = {"plain": {}, "EWC as published": AS_PUBLISHED, "EWC": {"ewc_lambda": "state"}}
 SETTINGS: dict[str, Any] = {
-    "avalanche": (partial(mlp, 784, 512), SGD, AVALANCHE),
-    "longer": (partial(mlp, 784, 400, 400), ADAM, {"plain": {}, "EWC": {"ewc_lambda": 30.0}}),
+    "avalanche": (STANDARD, partial(mlp, 784, 512), SGD, AVALANCHE),
+    "longer": (AS_THEY_ARE, partial(mlp, 784, 400, 400), ADAM, LONGER),
 }
 
 
-def standardized(data: Images) -> Images:
-    """Pixels of about mean 0 and deviation 1."""
-    return Images((data.pixels - 0.1307) / 0.3081, data.labels)
+def scaled(data: Images, mean: float, deviation: float) -> Images:
+    return Images((data.pixels - mean) / deviation, data.labels)
 
 
 def main() -> None:
     options: TableOptions = parsed("permuted_mnist")
     parts = images("mnist", options.folder)
     for name in options.among(SETTINGS):
-        train, test = map(standardized, parts) if name == "avalanche" else parts
+        pixels, make_model, training, methods = SETTINGS[name]
+        train, test = (scaled(part, *pixels) for part in parts)
         tasks = [permuted(train, test, number, most=len(test)) for number in range(10)]
-        make_model, training, methods = SETTINGS[name]
         sequence = replace(
             permuted_mnist(options), tasks=tasks, make_model=make_model, training=training,
             title=f"Permuted MNIST, {name}",
