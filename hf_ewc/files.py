@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,9 +30,10 @@ def folder_to_write(folder: object) -> Path:
         raise ValueError("folder is an empty path; give the path of one ('.' for this one).")
     path = Path(folder)
     for part in (path, *path.parents):
-        if part.is_dir():
-            break
-        if part.exists():
+        with suppress(FileNotFoundError, NotADirectoryError):
+            # One look: between two of them another process may make the folder.
+            if stat.S_ISDIR(part.stat().st_mode):
+                break
             raise ValueError(f"{path} is to be a folder, and {part} is a file; give another path.")
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_ewc import files
-from hf_ewc.files import LOCK_FILE, claimed, write_atomically
+from hf_ewc.files import LOCK_FILE, claimed, folder_to_write, write_atomically
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks")
 FORK = multiprocessing.get_context("fork")
@@ -123,3 +124,25 @@ def test_no_two_have_a_folder_at_once(tmp_path):
     for process in processes:
         process.join()
     assert (tmp_path / "count").read_text() == "200"
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_one(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    really = Path.stat
+
+    def stat(path, **settings):
+        try:
+            return really(path, **settings)
+        finally:
+            os.makedirs(folder, exist_ok=True)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert folder_to_write(folder) == folder
+    assert folder_to_write(folder / "final") == folder / "final"
+
+
+@pytest.mark.parametrize("below", ["", "run", "run/final"])
+def test_a_file_in_the_way_of_a_folder_is_said(below, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'file'} is a file")):
+        folder_to_write(tmp_path / "file" / below)
