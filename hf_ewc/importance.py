@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc.parameters.sharding import local_part, whole
+from hf_ewc.precision import wide_sum
 
 FISHER_TYPES = ("exact", "sampled", "empirical", "batched")
 
@@ -71,7 +72,7 @@ class Fisher:
     @property
     def trace(self) -> float:
         """Σ_i F_i; where the tensors are in shards a collective."""
-        return sum(float(whole(value.double().sum())) for value in self.diagonal.values())
+        return sum(float(whole(wide_sum(value))) for value in self.diagonal.values())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fisher):

@@ -32,8 +32,12 @@ def bert(**changes: Any) -> BertForSequenceClassification:
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=16,
-            num_labels=3,
-            **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes},
+            **{
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+                "num_labels": 3,
+                **changes,
+            },
         )
     )
 

@@ -17,6 +17,7 @@ GROUND_FLOOR = {
     "config": {"parameters"},
     "files": set(),
     "metrics": set(),
+    "precision": set(),
     "processes": set(),
     "report": {"metrics", "files"},
 }

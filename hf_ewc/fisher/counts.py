@@ -13,6 +13,7 @@ from hf_ewc.fisher.likelihood.categorical import Categorical
 from hf_ewc.fisher.likelihood.distribution import Distribution, at_least_fp32
 from hf_ewc.fisher.likelihood.independent import Bernoulli
 from hf_ewc.fisher.likelihood.joint import Joint
+from hf_ewc.precision import wide_sum, widened, widest
 
 LOOKED_AT = 16
 """Labels of an example, evenly spaced, whose outputs are looked at: all would cost a tenth of the
@@ -68,7 +69,7 @@ def _certainty(distribution: Distribution) -> tuple[float, int]:
         return _of_classes(distribution.logits, distribution.labels), distribution.num_labels
     if isinstance(distribution, Bernoulli):
         logits = at_least_fp32(distribution.outputs[distribution.there])
-        return float(logits.abs().sigmoid().double().sum()), distribution.num_labels
+        return float(wide_sum(logits.abs().sigmoid())), distribution.num_labels
     return 0.0, 0
 
 
@@ -76,13 +77,13 @@ def _of_classes(logits: Tensor, labels: Tensor) -> float:
     """Σ max_c p_c over the labels; where an example has many, as if all were like some of them."""
     there = labels != IGNORED
     if labels.shape[1] <= LOOKED_AT:
-        return float(_largest(logits)[there].sum(dtype=torch.float64))
-    total = logits.new_zeros((), dtype=torch.float64)
+        return float(wide_sum(_largest(logits)[there]))
+    total = logits.new_zeros((), dtype=widest(logits.device))
     for own, positions in zip(logits, there, strict=True):
         labelled = positions.nonzero().flatten()
         if number := len(labelled):
             some = labelled[:: math.ceil(number / LOOKED_AT)]
-            total += number * _largest(own[some]).mean(dtype=torch.float64)
+            total += number * widened(_largest(own[some])).mean()
     return float(total)
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_ewc.fisher.memory import is_out_of_memory
+from hf_ewc.precision import widest
 
 # Elements that are summed over processes in one call: 64 MiB of fp32.
 BUCKET_ELEMENTS = 1 << 24
@@ -56,7 +57,7 @@ class Processes:
         """The sum of each value over the processes, in fp64."""
         if self.size == 1:
             return list(values)
-        sent = torch.tensor(values, dtype=torch.float64, device=self.device)
+        sent = torch.tensor(values, dtype=widest(torch.device(self.device)), device=self.device)
         dist.all_reduce(sent)
         return list(sent.tolist())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_ewc.precision import wide_sum
 from hf_ewc.report.layers import by_layer
 from hf_ewc.report.outcome import LayerImportance
 
@@ -19,7 +20,7 @@ def importance_by_layer(state: EWCState) -> dict[str, LayerImportance] | None:
     if state.importance.is_sharded:
         return None
     sums = {
-        name: LayerImportance(float(values.double().sum()), values.numel())
+        name: LayerImportance(float(wide_sum(values)), values.numel())
         for name, values in state.importance.items()
     }
     return by_layer(sums)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc.parameters import sharding
+from hf_ewc.precision import widened, widest
 from hf_ewc.state.packed import PackedTensor, copied
 
 MODES = ("online", "separate")
@@ -49,7 +50,7 @@ def combined(
         return total, copied(theta), 0.0
     wide = torch.promote_types(theta.dtype, torch.float32)
     moved = torch.empty(sharding.local_part(theta).numel(), dtype=wide, device=total.device)
-    added = torch.zeros((), dtype=torch.float64, device=total.device)
+    added = torch.zeros((), dtype=widest(total.device), device=total.device)
     importance, anchor = (flat_part(packed.dense(), theta) for packed in old[:2])
     nothing = torch.zeros(1, device=total.device).expand(len(moved))
     new = nothing if fisher is None else flat_part(fisher, theta)
@@ -59,7 +60,7 @@ def combined(
         share = torch.where(protected, weight * f.float() / sums, 1.0)
         # θ itself where nothing else counts, not what rounding makes of c + (θ − c)
         center.copy_(torch.where(protected & (share < 1), c + share * step, t.to(wide)))
-        added += (gamma * a.double() * share * step.double().square()).sum()
+        added += (gamma * widened(a) * share * widened(step).square()).sum()
     summed = sharding.summed_over_parts(added, theta)
     offset = gamma * old[2] + 0.5 * summed.item()
     return total, sharding.with_local(moved, theta), offset

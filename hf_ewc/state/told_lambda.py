@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_ewc.parameters.sharding import whole
+from hf_ewc.precision import wide_sum
 from hf_ewc.report.layers import layer_of
 
 REACH = 0.4  # 1/δ, for a share ρ of 1: fitted to short sequences of images and texts
@@ -60,8 +60,8 @@ def told_layer_lambdas(importance: Mapping[str, Tensor], num_tasks: int) -> dict
 
 def _sums(values: Tensor) -> _Sums:
     return _Sums(
-        float(whole(values.sqrt().sum(dtype=torch.float64))),
-        float(whole(values.sum(dtype=torch.float64))),
+        float(whole(wide_sum(values.sqrt()))),
+        float(whole(wide_sum(values))),
         int(whole((values > 0).sum())),
     )
 

@@ -16,6 +16,7 @@ from transformers import set_seed
 from hf_ewc.fisher.labels import IGNORED
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
+from hf_ewc.precision import widened
 from hf_ewc.report.names import in_markdown
 from hf_ewc.report.tables import table
 from hf_ewc.tasks.label_space import LabelSpace
@@ -107,7 +108,7 @@ def _of_all(trainer: Any, own: Tensor) -> Tensor:
     """The rows of all processes in fp64, those left out that only fill up the last batches."""
     device = trainer.args.device
     found: Tensor = trainer.accelerator.gather_for_metrics(own.float().to(device))
-    return found.cpu().double()
+    return widened(found.cpu())
 
 
 def _examples(task: Task, count: int, seed: int) -> Any:
@@ -147,7 +148,7 @@ def spread(there: Tensor, most: int) -> Tensor:
 
 def divergences(before: Tensor, after: Tensor) -> Tensor:
     """KL(p ‖ q) at each position, (P,) in fp64, of log p and log q (P, C); never below 0."""
-    before, after = before.double(), after.double()
+    before, after = widened(before), widened(after)
     terms = before.exp() * (before - after)
     return terms.masked_fill(before == -torch.inf, 0.0).sum(-1).clamp_min(0.0)
 

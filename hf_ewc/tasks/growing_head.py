@@ -111,7 +111,7 @@ def fitted_bias(logits: Tensor, labels: Tensor, old: int) -> tuple[float, float]
         labels: [N].
         old: how many classes are old.
     """
-    logits = logits.detach().double()
+    logits, labels = logits.detach().cpu().double(), labels.cpu()
     alpha = torch.ones((), dtype=torch.float64, requires_grad=True)
     beta = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([alpha, beta], max_iter=100, line_search_fn="strong_wolfe")

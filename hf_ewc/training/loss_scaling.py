@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_sharded
+from hf_ewc.precision import widened
 from hf_ewc.training.repeatable import copied, same_buffers, same_random_numbers, unlogged
 
 logger = logging.getLogger("hf_ewc")
@@ -103,7 +104,7 @@ def _item_count_use(
         def loss(factor: int) -> float:
             with same_random_numbers(owners):
                 found = compute_loss(model, copied(prepared), num_items_in_batch=num_items * factor)
-            return float(found.detach().double().mean()) if isinstance(found, Tensor) else 0.0
+            return float(widened(found.detach()).mean()) if isinstance(found, Tensor) else 0.0
 
         return judged(loss(1), loss(1), loss(2))
 

@@ -16,6 +16,7 @@ from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.memory import is_out_of_memory
 from hf_ewc.fisher.uses.product import Product
 from hf_ewc.parameters.sharding import whole_shape
+from hf_ewc.precision import wide_sum
 
 # Gradients of up to this many entries are kept as they are.
 _SHORT = 4096
@@ -237,4 +238,4 @@ def _autocasts(model: nn.Module) -> bool:
 
 
 def _sum(tensor: Tensor) -> float:
-    return float(tensor.sum(dtype=torch.float64))
+    return float(wide_sum(tensor))

@@ -14,6 +14,7 @@ from hf_ewc.fisher.labels import IGNORED
 from hf_ewc.fisher.likelihood.categorical import draw_classes
 from hf_ewc.fisher.likelihood.choices import Choices
 from hf_ewc.fisher.likelihood.distribution import Distribution
+from hf_ewc.precision import uniforms_on
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Alignments(Distribution):
         log_p = self.log_probabilities.detach()
         drawn = torch.full(log_p.shape[:2], IGNORED, device=log_p.device)
         for n, count in enumerate(self.frames.tolist()):
-            numbers = choices.uniforms(count, n).to(log_p.device)
+            numbers = uniforms_on(log_p.device, choices.uniforms(count, n))
             path = choices.settled(n, draw_classes(log_p[n, :count], numbers))
             merged = torch.unique_consecutive(path)
             kept = merged[merged != self.blank]

@@ -12,6 +12,7 @@ from hf_ewc.fisher.labels import IGNORED
 from hf_ewc.fisher.likelihood.choices import Choices
 from hf_ewc.fisher.likelihood.distribution import Distribution, at_least_fp32
 from hf_ewc.fisher.likelihood.slices import log_likelihood, rows_in_slice, slices
+from hf_ewc.precision import uniforms_on, widened
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Categorical(Distribution):
         drawn = self.labels.clone()
         for n, positions in enumerate(self._there):
             rows = positions.nonzero().flatten()
-            draws = choices.uniforms(len(rows), n).to(self.logits.device)
+            draws = uniforms_on(self.logits.device, choices.uniforms(len(rows), n))
             drawn[n, rows] = choices.settled(n, draw_classes(self.logits[n].detach(), draws, rows))
         return self._log_probability(drawn)
 
@@ -110,7 +111,7 @@ class SoftCategorical(Categorical):
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    return logits.detach().double().softmax(-1)
+    return widened(logits.detach()).softmax(-1)
 
 
 def draw_classes(logits: Tensor, uniforms: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -127,7 +128,7 @@ def draw_classes(logits: Tensor, uniforms: Tensor, rows: Tensor | None = None) -
 
 def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = _probabilities(logits).cumsum(-1)
-    thresholds = uniforms.double().unsqueeze(-1) * cumulative[:, -1:]
+    thresholds = uniforms.unsqueeze(-1) * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, thresholds, right=True)
     return found.squeeze(-1).clamp_(max=logits.shape[-1] - 1)
 

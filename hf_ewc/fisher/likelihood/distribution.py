@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.likelihood.choices import Choices
+from hf_ewc.precision import uniforms_on
 
 
 class Distribution(ABC):
@@ -80,7 +81,7 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 def numbers_like(choices: Choices, like: Tensor) -> Tensor:
     """A uniform number for each entry of `like`, (B, D), by the example that it is of."""
     rows = [choices.uniforms(like.shape[-1], n) for n in range(like.shape[0])]
-    return torch.stack(rows).to(like.device)
+    return uniforms_on(like.device, torch.stack(rows))
 
 
 def one_by_one(outputs: Tensor, weights: Tensor) -> Iterator[Tensor]:

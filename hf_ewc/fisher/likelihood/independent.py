@@ -19,6 +19,7 @@ from hf_ewc.fisher.likelihood.distribution import (
     numbers_like,
     one_by_one,
 )
+from hf_ewc.precision import widened
 
 Own = TypeVar("Own", bound="Independent")
 
@@ -86,12 +87,12 @@ class Bernoulli(Independent):
     def sampled(self, choices: Choices) -> Tensor:
         rows = numbers_like(choices, self.outputs) < self.outputs.detach().sigmoid()
         drawn = torch.stack([choices.settled(n, row) for n, row in enumerate(rows)])
-        labels = drawn.double().masked_fill(~self.there, math.nan)
+        labels = widened(drawn).masked_fill(~self.there, math.nan)
         return replace(self, labels=labels).empirical()
 
     def deviations(self) -> Tensor:
         """The variance of label d is p_d (1 − p_d): G_n = √(p_d (1 − p_d)) ∂l_d."""
-        logits = self.outputs.detach().double()
+        logits = widened(self.outputs.detach())
         return (logits.sigmoid() * (-logits).sigmoid()).sqrt() * self.there
 
 
@@ -109,4 +110,4 @@ class Gaussian(Independent):
 
     def deviations(self) -> Tensor:
         """E[(y − f)²] = 1 for each output: G_n = ∂f_d."""
-        return self.there.double()
+        return widened(self.there)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_ewc.fisher.labels import IGNORED, are_there
 from hf_ewc.fisher.likelihood.slices import slices
+from hf_ewc.precision import widened, widest
 
 # A class counts as possible above this probability; that of a masked class is 0.
 _POSSIBLE = 1e-6
@@ -59,9 +60,9 @@ def _tells(drawn: Tensor, own: Tensor) -> bool:
 def possible_classes(logits: Tensor, axis: int) -> Tensor | None:
     """The classes that have a probability somewhere, along `axis` of the logits, if any has."""
     flat = logits.detach().movedim(axis, -1).flatten(0, -2)
-    largest = torch.zeros(flat.shape[-1], dtype=torch.float64, device=flat.device)
+    largest = torch.zeros(flat.shape[-1], dtype=widest(flat.device), device=flat.device)
     for (part,) in slices(flat):
-        p = part.double().softmax(-1).reshape(-1, flat.shape[-1])
+        p = widened(part).softmax(-1).reshape(-1, flat.shape[-1])
         largest = torch.maximum(largest, p.amax(0))
     found = (largest > _POSSIBLE).nonzero().flatten()
     return found if len(found) else None
@@ -108,5 +109,5 @@ def sums_to_one(values: Tensor) -> bool:
     """Whether the last axis holds probabilities."""
     if values.dim() < 2 or values.shape[-1] < 2 or not values.numel():
         return False
-    sums = values.detach().double().sum(-1)
+    sums = widened(values.detach()).sum(-1)
     return bool((values >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

@@ -44,7 +44,7 @@ def few_positions(inputs: Batch) -> Batch | None:
         return None
     if any(not isinstance(v, Tensor) or v.shape != labels.shape for v in inputs.values()):
         return None
-    there = are_there(labels).double().unsqueeze(1)
+    there = are_there(labels).float().unsqueeze(1)
     window = there.new_ones(1, 1, _FEW_POSITIONS)
     counts = torch.nn.functional.conv1d(there, window).squeeze(1).amin(0)
     if counts.max() < 2:

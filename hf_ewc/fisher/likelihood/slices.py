@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.labels import IGNORED
+from hf_ewc.precision import widened
 
 # Elements of one slice.
 _SLICE = 1 << 20
@@ -64,7 +65,7 @@ def close(one: Tensor, other: Tensor) -> bool:
             return False
         if not finite.all():
             a, b = a[finite], b[finite]
-        a, b = a.double(), b.double()
+        a, b = widened(a), widened(b)
         if b.numel():
             difference = max(difference, float((a - b).abs().max()))
             largest = max(largest, float(b.abs().max()))

@@ -31,6 +31,7 @@ from hf_ewc.fisher.proofs import Mixed, Proofs
 from hf_ewc.fisher.sharded.one_backward import ShardedOneBackward
 from hf_ewc.fisher.sharded.same_batch import SameBatchEverywhere
 from hf_ewc.parameters import sharding
+from hf_ewc.precision import wide_sum
 
 
 def is_sharded(parameters: Mapping[str, Tensor]) -> bool:
@@ -166,7 +167,7 @@ class InStep:
 
     def _summed(self, tensors: Iterable[Tensor]) -> list[float]:
         shards = [sharding.local_part(tensor) for tensor in tensors]
-        return self._processes.sums([float(t.sum(dtype=torch.float64)) for t in shards])
+        return self._processes.sums([float(wide_sum(t)) for t in shards])
 
     def _aligned(self, objectives: Objectives) -> Objectives:
         """As many as the process with the most has: others add passes without a gradient."""
