@@ -51,15 +51,20 @@ class TableOptions:
         return range(first, first + self.seeds)
 
     def among(self, names: Any) -> list[str]:
-        """Those of `names` that are asked for.
+        """Those of `names` that are asked for by `only`; see `those_of`."""
+        return those_of(names, self.only, "only")
 
-        Raises:
-            ValueError: something else is asked for.
-        """
-        unknown = [name for name in self.only or [] if name not in names]
-        if unknown:
-            raise ValueError(f"--only {unknown}: there are {', '.join(names)}.")
-        return [name for name in names if self.only is None or name in self.only]
+
+def those_of(names: Any, asked: list[str] | None, option: str) -> list[str]:
+    """Those of `names` that are asked for, all of them where nothing is.
+
+    Raises:
+        ValueError: something else is asked for.
+    """
+    unknown = [name for name in asked or [] if name not in names]
+    if unknown:
+        raise ValueError(f"--{option} {unknown}: there are {', '.join(names)}.")
+    return [name for name in names if asked is None or name in asked]
 
 
 def parsed(
