@@ -429,3 +429,30 @@ def test_an_estimate_that_goes_over_to_single_examples_after_the_loss_was_asked(
     with pytest.warns(UserWarning, match="one by one"):
         found = estimate_fisher(model, [batch], fisher_type="empirical").diagonal
     assert_close(found, loop(Own(3), batch, softmax))
+
+
+@pytest.mark.parametrize("classes", [50, 200])
+@pytest.mark.parametrize("order", [1, -1])
+def test_labels_that_a_loss_leaves_out_are_seen_wherever_they_stand(order, classes):
+    """The texts with padding are last, or first."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(classes, 6), nn.Linear(6, classes)
+
+        def forward(self, input_ids, labels=None):
+            logits = self.head(torch.tanh(self.embedding(input_ids)))
+            if labels is None:
+                return {"logits": logits}
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=0)
+            return {"loss": loss, "logits": logits}
+
+    rows = []
+    for i in range(6):
+        ids = torch.randint(1, classes, (4,), generator=torch.Generator().manual_seed(i))
+        ids[4 if i < 2 else 1 :] = 0
+        rows.append({"input_ids": ids, "labels": ids.clone()})
+    with pytest.raises(ValueError, match="is not the cross-entropy of its logits"):
+        estimate_fisher(Tagger(), rows[::order], fisher_type="empirical")

@@ -5,8 +5,10 @@ The oracle: accumulating four batches of 2 gives the gradient of one batch of 8.
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,15 @@ from tests.training import GradientRecorder, arguments, in_order, relative_error
 
 
 class Mean(EWCTrainer):
-    """A mean over the batch, as most people write their own loss; `noise` is near 1."""
+    """A mean over the batch, as most people write their own loss; `noise` is near 1.
+
+    Its calls are counted in the class: what is in the trainer is put back after a question.
+    """
 
     calls = 0
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls += 1
+        type(self).calls += 1
         logits = model(input_ids=inputs["input_ids"])["logits"]
         return cross_entropy(logits, inputs["labels"]) * self.noise()
 
@@ -119,9 +124,9 @@ def encoded(rows: list[dict[str, Tensor]]) -> BatchEncoding:
 
 
 def trained(
-    kind: type[EWCTrainer], folder: Path, size: int, accumulation: int, **changes: Any
+    kind: type[Mean], folder: Path, size: int, accumulation: int, **changes: Any
 ) -> tuple[dict[str, Tensor], EWCTrainer]:
-    recorder = GradientRecorder()
+    kind.calls, recorder = 0, GradientRecorder()
     args = arguments(
         folder,
         per_device_train_batch_size=size,
@@ -183,17 +188,16 @@ def test_one_batch_a_step_needs_no_question(tmp_path: Path) -> None:
 
 def test_an_exception_means_not_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Once(Mean):
-        """Refuses to be called in between."""
+        """Refuses another number of items than a window has."""
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-            if self.calls == 0:
-                self.calls += 1
+            if kwargs["num_items_in_batch"] != 4:
                 raise KeyError("queue")
             return super().compute_loss(*args, **kwargs)
 
     with caplog.at_level(logging.WARNING, logger="hf_ewc"):
         _, trainer = trained(Once, tmp_path, 2, 2)
-    assert trainer.calls == 1 + 4
+    assert trainer.calls == 4 + 2  # the third of the question is refused
     said = [r.getMessage() for r in caplog.records if "could not be found out" in r.getMessage()]
     assert len(said) == 1
     assert "KeyError: 'queue'" in said[0]
@@ -237,3 +241,26 @@ def test_buffers_are_left_alone(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.model.norm.num_batches_tracked == 4
     assert trainer.model_accepts_loss_kwargs is False
+
+
+def test_what_a_loss_keeps_in_the_trainer_is_as_if_it_was_not_asked(tmp_path: Path) -> None:
+    class Taught(Mean):
+        """Learns from an average of its weights as well, and counts."""
+
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            if not hasattr(self, "teacher"):
+                self.teacher, self.queue, self.seen = copy.deepcopy(model), deque(), {"n": [0]}
+            self.seen["n"][0] += 1
+            self.queue.append(float(inputs["input_ids"].sum()))
+            with torch.no_grad():
+                for old, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                    old.mul_(0.5).add_(new, alpha=0.5).add_(0.01)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    _, trainer = trained(Taught, tmp_path, 2, 2)
+    before = copy.deepcopy(trainer.teacher.state_dict())
+    trainer.consolidate()
+    assert trainer.model_accepts_loss_kwargs is False
+    assert (trainer.seen, len(trainer.queue)) == ({"n": [4]}, 4)  # once for each batch
+    for name, value in trainer.teacher.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -431,3 +431,67 @@ def test_compute_loss_in_a_callback_keeps_its_meaning(tmp_path: Path) -> None:
     looks.trainer.train()
     assert found[0] == pytest.approx(expected_penalty(looks.trainer, STRENGTH), rel=1e-4)
     assert found[1] == 0.0
+
+
+def by_evolution(self: Any, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+    """Moves along random directions that make the loss smaller, without gradients (MeZO)."""
+    with torch.no_grad():
+        model.eval()
+        losses = []
+        for sign in (1.0, -1.0):
+            for p in model.parameters():
+                p.data.add_(torch.full_like(p, sign * 1e-2))
+            losses.append(self.compute_loss(model, inputs))
+        for p in model.parameters():
+            p.data.sub_(torch.full_like(p, float(losses[0] - losses[1])))
+    return losses[0]
+
+
+def by_itself(self: Any, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+    loss = backward(self, model, inputs)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad
+    model.zero_grad()
+    return loss
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("step", [by_evolution, by_itself])
+def test_weights_that_a_step_moves_by_itself_are_an_error(
+    step: Any, accumulation: int, tmp_path: Path
+) -> None:
+    kind = type("Own", (EWCTrainer,), {"training_step": step})
+    trainer = trainer_of_kind(kind, tmp_path, accumulation)
+    with pytest.raises(RuntimeError, match="moved weights that EWC protects by itself"):
+        trainer.train()
+
+
+def decays(self: Any, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+    """Moves weights before the penalty enters, in each part of a window."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.999)
+    return EWCTrainer.training_step(self, model, inputs, *args)
+
+
+def idle(self: Any, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+    return torch.zeros(())
+
+
+@pytest.mark.parametrize("step", [decays, idle])
+def test_other_steps_are_none(step: Any, tmp_path: Path) -> None:
+    kind = type("Own", (EWCTrainer,), {"training_step": step})
+    trainer_of_kind(kind, tmp_path, 2).train()
+
+
+def trainer_of_kind(kind: type[EWCTrainer], folder: Path, accumulation: int) -> EWCTrainer:
+    model = Unused()
+    return kind(
+        model=model,
+        args=arguments(folder, gradient_accumulation_steps=accumulation, max_steps=2),
+        train_dataset=Examples("unused", 8),
+        ewc_config=EWCConfig(ewc_lambda=STRENGTH),
+        ewc_state=EWCState(*random_quadratic(model)),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_ewc.fisher.counts import Counts
 from hf_ewc.fisher.estimation import Estimation, warn_of_slowness
 from hf_ewc.fisher.examples.batch import Collator
 from hf_ewc.fisher.examples.sources import Selection, source_of
+from hf_ewc.fisher.likelihood.own_loss import StatedLoss
 from hf_ewc.fisher.passes import LogLikelihood, Passes, Plan
 from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.proofs import Proofs, proofs_of
@@ -48,6 +49,7 @@ def estimate_fisher(
     fallback: str = "warn",
     accelerator: Accelerator | None = None,
     num_draws: int = 1,
+    stated: Sequence[StatedLoss] = (),
 ) -> Fisher:
     """Estimate the diagonal Fisher information of `model` on `data`, exactly per example.
 
@@ -91,6 +93,9 @@ def estimate_fisher(
         accelerator: whose processes each take their share of the examples; if None, those of
             torch.distributed where it runs. All of them have to call this, with the same data.
         num_draws: labels drawn per example for "sampled".
+        stated: what a loss outside of the model comes to on a few examples and labels, such as a
+            trainer's own: where it is −log p of what the outputs may mean, they mean that, and
+            where it is not, a warning says so.
 
     Returns:
         The Fisher as a mean over the examples of all processes, fp32, by the names of the unwrapped
@@ -120,7 +125,7 @@ def estimate_fisher(
         wanted = Selection(num_samples, batch_size, stratified, seed, rank, size)
         half = any(p.dtype == torch.float16 for p in selected.values())
         scale = _HALF_SCALE if half else 1.0
-        plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale)
+        plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale, stated)
         estimation = _estimation(plain, selected, plan, processes)
 
         def run() -> None:

@@ -16,6 +16,7 @@ from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.choice import uniforms
 from hf_ewc.fisher.likelihood.choices import Choices, Decided
 from hf_ewc.fisher.likelihood.distribution import Distribution
+from hf_ewc.fisher.likelihood.own_loss import StatedLoss
 from hf_ewc.fisher.likelihood.reader import LabelReader
 from hf_ewc.fisher.likelihood.slices import unseen
 
@@ -31,7 +32,7 @@ class Plan:
     """How the Fisher is to be taken.
 
     Args:
-        fisher_type, seed, num_draws, fallback, log_likelihood: see `estimate_fisher`.
+        fisher_type, seed, num_draws, fallback, log_likelihood, stated: see `estimate_fisher`.
         scale: of the objectives, divided out of the squares at the end.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     fallback: str = "warn"
     log_likelihood: LogLikelihood | None = None
     scale: float = 1.0
+    stated: Sequence[StatedLoss] = ()
 
 
 class Passes:
@@ -59,7 +61,7 @@ class Passes:
         self._model = model
         self._plan = plan
         self._never_none = never_none
-        self._reader = LabelReader(model, in_full=never_none)
+        self._reader = LabelReader(model, in_full=never_none, stated=plan.stated)
         self._decided: Decided | None = None
 
     def __call__(self, batch: ExampleBatch) -> Iterator[Tensor]:

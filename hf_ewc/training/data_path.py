@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
-from hf_ewc.fisher.labels import LABEL_NAMES
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.training.packed_rows import taken_apart, warn_of_wrapped
 
@@ -118,79 +114,3 @@ def _as_loaded(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
     if data is not None and hasattr(data, "__len__") and len(data) == len(dataset):
         return data, getattr(loader, "collate_fn", None) or trainer.data_collator
     return dataset, trainer.data_collator
-
-
-def as_handed_over(
-    trainer: Trainer, model: nn.Module, data: Any, collator: Collator, own_loss: bool
-) -> Collator:
-    """`collator` with what reaches the model's forward, by the names that it has there.
-
-    A `compute_loss` of the user's own may take columns out, such as weights of the examples, or
-    hand them on by other names: so it is run once, on the first two examples, and what it hands to
-    the forward is looked at. Elsewhere what the forward does not take is left out.
-    """
-    names = _seen_in_forward(trainer, model, data, collator) if own_loss else None
-    taken = _arguments(model)
-
-    def collate(examples: list[Any]) -> Any:
-        batch = collator(examples)
-        if not isinstance(batch, Mapping):
-            return batch
-        labels = {name: value for name, value in batch.items() if "label" in name}
-        labels |= {name: batch[name] for name in LABEL_NAMES if name in batch}
-        if names is not None:
-            return {**labels, **{there: batch[here] for there, here in names.items()}}
-        return {name: v for name, v in batch.items() if taken is None or name in taken | {*labels}}
-
-    return collate
-
-
-def _arguments(model: nn.Module) -> set[str] | None:
-    """The names of what the forward takes; None for anything."""
-    get_base: Any = getattr(model, "get_base_model", None)  # of a PEFT model
-    parameters = inspect.signature((get_base() if callable(get_base) else model).forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return None
-    return set(parameters)
-
-
-def _seen_in_forward(
-    trainer: Trainer, model: nn.Module, data: Any, collator: Collator
-) -> dict[str, str] | None:
-    """The batch's name of each tensor that reaches the forward, by its name there.
-
-    None where that cannot be seen: the loss hands on other tensors than the batch's, or fails.
-    """
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
-        return None
-    calls: list[dict[str, Any]] = []
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        positional = zip(inspect.signature(module.forward).parameters, args, strict=False)
-        calls.append({**dict(positional), **kwargs})
-
-    try:
-        with _looking_at(model, look), preserved_random_states(), torch.no_grad():
-            batch = trainer._prepare_inputs(collator([data[i] for i in range(min(2, len(data)))]))
-            trainer.compute_loss(model, copy.copy(batch))
-    except Exception:
-        return None  # the estimate itself says what is wrong
-    here = {id(value): name for name, value in batch.items() if isinstance(value, Tensor)}
-    tensors = {n: v for n, v in (calls[0] if calls else {}).items() if isinstance(v, Tensor)}
-    if not tensors or any(id(value) not in here for value in tensors.values()):
-        return None
-    return {name: here[id(value)] for name, value in tensors.items()}
-
-
-@contextlib.contextmanager
-def _looking_at(model: nn.Module, look: Callable[..., None]) -> Iterator[None]:
-    """In evaluation mode, with `look` called at each forward."""
-    modes = [(module, module.training) for module in model.modules()]
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    model.eval()
-    try:
-        yield
-    finally:
-        handle.remove()
-        for module, training in modes:
-            module.training = training

@@ -15,12 +15,15 @@ from transformers import Trainer
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.fisher import estimate_fisher
+from hf_ewc.fisher.likelihood.own_loss import StatedLoss
 from hf_ewc.importance import Fisher
 from hf_ewc.parameters.adapters import fresh_adapters, has_adapters, weights_by_name
 from hf_ewc.parameters.names import parameters_by_name
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.parameters.weight_gradients import gradients_of_weights
-from hf_ewc.training.data_path import as_handed_over, examples_of
+from hf_ewc.training.data_path import examples_of
+from hf_ewc.training.handed_over import handed_over, stated_losses
+from hf_ewc.training.loss_scaling import has_users_loss
 from hf_ewc.training.packed_rows import joins_examples
 from hf_ewc.training.preferences import Likelihood, preferences_of
 
@@ -51,8 +54,12 @@ def fisher_of(
     if preferences is not None:
         log_likelihood, in_pairs = preferences
         collator = in_pairs(collator)
-    elif log_likelihood is None:
-        collator = as_handed_over(trainer, model, data, collator, own_loss)
+    stated: list[StatedLoss] = []
+    if log_likelihood is None:
+        reaches = handed_over(trainer, model, data, collator, own_loss)
+        if own_loss and has_users_loss(trainer):
+            stated = stated_losses(trainer, model, data, collator, reaches)
+        collator = reaches.of(collator)
     batch_size = config.fisher_batch_size or trainer.args.per_device_train_batch_size
     if isinstance(data, (IterableDataset, datasets.IterableDataset)):
         if joins_examples(trainer):  # a joined batch does not say where an example ends
@@ -73,6 +80,7 @@ def fisher_of(
         seed=config.fisher_seed,
         accelerator=trainer.accelerator,
         log_likelihood=log_likelihood,
+        stated=stated,
     )
     if not has_adapters(model):
         return estimate(parameters=names)

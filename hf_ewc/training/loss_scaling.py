@@ -20,7 +20,7 @@ from transformers import Trainer
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_sharded
 from hf_ewc.precision import widened
-from hf_ewc.training.repeatable import copied, same_buffers, same_random_numbers, unlogged
+from hf_ewc.training.repeatable import as_if_not_run, copied, same_random_numbers
 
 logger = logging.getLogger("hf_ewc")
 # What is found out, the answer of several processes being the largest of theirs.
@@ -93,12 +93,7 @@ def _item_count_use(
     """
     owners = [trainer, *model.modules()]
     with_graph = not any(map(is_sharded, model.parameters()))
-    with (
-        same_random_numbers(owners),
-        same_buffers(model),
-        unlogged(trainer),
-        torch.set_grad_enabled(with_graph),
-    ):
+    with as_if_not_run(trainer, model), torch.set_grad_enabled(with_graph):
         prepared = trainer._prepare_inputs(copied(inputs))
 
         def loss(factor: int) -> float:
@@ -131,6 +126,13 @@ def _models_loss(model: nn.Module, inputs: Mapping[str, Any], **items: Any) -> A
 def has_own_loss(trainer_type: type, mixin: type) -> bool:
     """Whether a class between `mixin` and the Trainer computes the loss in its own way."""
     return any("compute_loss" in vars(c) and c not in (mixin, Trainer) for c in trainer_type.mro())
+
+
+def has_users_loss(trainer: Trainer) -> bool:
+    """Whether a trainer's loss is written outside of this package and the Trainer."""
+    own = (c for c in type(trainer).mro() if "compute_loss" in vars(c) and c is not Trainer)
+    outside = any(not c.__module__.startswith("hf_ewc.") for c in own)
+    return outside or trainer.compute_loss_func is not None
 
 
 def answers_for_itself(trainer_type: type) -> bool:

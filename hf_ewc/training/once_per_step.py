@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -28,8 +29,11 @@ from torch.optim.optimizer import (
 )
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.parameters.sharding import local_part
 from hf_ewc.training.active_penalty import ActivePenalty
 
+# So many of the smallest weights tell whether a training step moves them.
+_LOOKED_AT = 4
 # Numbers of the terms of a penalty.
 Members = frozenset[int]
 
@@ -61,6 +65,8 @@ class OncePerStep:
         self._depth = 0
         self._noted = False
         self._witness = _Witness()
+        self._has_entered = False
+        self._before: list[tuple[Tensor, Tensor]] = []
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -97,6 +103,31 @@ class OncePerStep:
             return
         self._entered |= missing
 
+    def look_before(self) -> None:
+        """As a window begins: what some weights are, until the penalty has entered once."""
+        if not self._has_entered and not self._before:
+            terms = self._active.penalty.terms
+            pulled = [p for term in terms if term.is_pulled for p in term.parameters]
+            few = sorted((p for p in pulled if p.requires_grad), key=Tensor.numel)[:_LOOKED_AT]
+            self._before = [(p, local_part(p.detach()).clone()) for p in few]
+
+    def look_after(self) -> None:
+        """As a window ends.
+
+        Raises:
+            RuntimeError: its training steps have moved weights, and no penalty entered.
+        """
+        before, self._before = self._before, []
+        if self._has_entered or not before:
+            return
+        if any(not torch.equal(local_part(p.detach()), value) for p, value in before):
+            raise RuntimeError(
+                "The training step moved weights that EWC protects by itself, without a backward "
+                "pass and a step of a torch optimizer, where the penalty's gradient enters: they "
+                "were trained without it. Let a torch.optim.Optimizer take the step, or train "
+                "without ewc_state and add ewc_lambda * state.penalty(model) to the loss."
+            )
+
     def _note_nothing(self) -> None:
         """A penalty that protects nothing is 0 in the log of each step, once."""
         if not self._every and not self._noted:
@@ -104,6 +135,7 @@ class OncePerStep:
             self._add(1.0, self._every)
 
     def _add(self, loss_scale: float, missing: Members) -> None:
+        self._has_entered = True
         self._active.follow(self._settings())
         self._active.add_gradients(loss_scale, None if missing == self._every else missing)
 

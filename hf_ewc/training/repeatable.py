@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,64 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.fisher.untouched import preserved_random_states
+
+# Containers of more entries are data, which no loss changes.
+_FEW = 1000
+
+
+@contextlib.contextmanager
+def as_if_not_run(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """Whatever a trainer's loss does inside, to itself or the model, is undone: it runs again.
+
+    Such as averages of the weights, counters and queues that a `compute_loss` keeps in the trainer.
+    """
+    with (
+        same_random_numbers([trainer, *model.modules()]),
+        same_buffers(model),
+        same_attributes(trainer, but_for=model),
+        unlogged(trainer),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def same_attributes(owner: Any, but_for: nn.Module) -> Iterator[None]:
+    """What `owner` keeps has its values again at the end: numbers, tensors, modules, containers.
+
+    Args:
+        but_for: a module that is not looked into, nor any that wraps it.
+    """
+    before = dict(vars(owner))
+    undo = [put_back for value in before.values() for put_back in _put_back(value, but_for)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for put_back in undo:
+                put_back()
+        for name in vars(owner).keys() - before.keys():
+            delattr(owner, name)
+        vars(owner).update(before)
+
+
+def _put_back(value: Any, but_for: nn.Module) -> Iterator[Callable[[], Any]]:
+    """What gives a value back what it holds now."""
+    if isinstance(value, nn.Module):
+        if not any(module is but_for for module in value.modules()):
+            for tensor in (*value.parameters(), *value.buffers()):
+                yield from _put_back(tensor.detach(), but_for)
+    elif isinstance(value, Tensor):
+        yield partial(value.detach().copy_, value.detach().clone())
+    elif isinstance(value, (list, deque, set, dict)) and len(value) <= _FEW:
+        for inner in value.values() if isinstance(value, dict) else value:
+            if isinstance(inner, (Tensor, list, deque, set, dict)):
+                yield from _put_back(inner, but_for)
+        yield partial(_refill, value, copy.copy(value))
+
+
+def _refill(value: Any, now: Any) -> None:
+    value.clear()
+    value.extend(now) if isinstance(value, (list, deque)) else value.update(now)
 
 
 @contextlib.contextmanager

@@ -135,7 +135,8 @@ class EWCMixin(StateHolder):
         if fisher is None:
             own_data = self.train_dataset if self._ewc_held_out is None else self._ewc_held_out
             data = own_data if dataset is None else dataset
-            own = has_own_loss(type(self), EWCMixin) and not answers_for_itself(type(self))
+            own = has_own_loss(type(self), EWCMixin) or self.compute_loss_func is not None
+            own = own and not answers_for_itself(type(self))
             fisher = fisher_of(self, self._ewc_model, data, config, log_likelihood, own)
         elif not isinstance(fisher, Fisher):
             raise TypeError(
@@ -219,6 +220,7 @@ class EWCMixin(StateHolder):
             self._ewc_begin(model)
         if self._ewc_entry is not None:
             self._ewc_entry.forget()
+            self._ewc_entry.look_before()
         self._ewc_in_step = True
         try:
             yield
@@ -226,6 +228,8 @@ class EWCMixin(StateHolder):
             self._ewc_in_step = False
         if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             self._ewc_enter()
+            if self._ewc_entry is not None:
+                self._ewc_entry.look_after()
 
     def _ewc_enter(self) -> None:
         """Let the penalty's gradient enter, in the units that a gradient scaler left the others."""

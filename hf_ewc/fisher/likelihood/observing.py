@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_ewc.fisher.examples.batch import ExampleBatch
-from hf_ewc.fisher.labels import Batch, are_there, label_name
+from hf_ewc.fisher.labels import IGNORED, Batch, are_there, label_name
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs
 from hf_ewc.fisher.likelihood.made_up_labels import filled, made_up, possible_classes
 from hf_ewc.fisher.likelihood.own_loss import Observation
@@ -21,17 +21,37 @@ _FEW_POSITIONS = 64
 
 
 def few_examples(batch: ExampleBatch) -> tuple[list[int] | None, Batch]:
-    """The two examples with the most labels, and where they are in the batch.
+    """Two examples, and where they are in the batch: with most labels, and most that are alike.
 
-    A single example is taken twice: weights of classes show where labels differ. Examples that may
+    A label that a loss leaves out (as of padding, by an `ignore_index`) stands often in a text. A
+    single example is taken twice: weights of classes show where labels differ. Examples that may
     hang together are all taken, with None for their places.
     """
     if len(batch) == 1:
         return [0] * len(twice := batch.at_least_two()), twice.inputs
     if batch.uneven is not None or batch.doubtful:
         return None, batch.inputs
-    places = (batch.most_labelled() or [])[:2]
-    return (sorted(places), batch.only(sorted(places)).inputs) if places else (None, batch.inputs)
+    first, *others = batch.most_labelled() or [-1]
+    if first < 0:
+        return None, batch.inputs
+    places = sorted([first, *_with_most_alike(batch.inputs, others)])
+    return places, batch.only(places).inputs
+
+
+def _with_most_alike(inputs: Batch, places: list[int]) -> list[int]:
+    """Of these examples the one in which one label stands most often; the first of several."""
+    name = label_name(inputs)
+    labels = None if name is None else inputs[name]
+    if labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return places[:1]
+    rows = [labels[place].flatten() for place in places]
+    often = [_most_alike(row[row != IGNORED]) for row in rows]
+    return [places[often.index(max(often))]] if places else []
+
+
+def _most_alike(labels: Tensor) -> int:
+    """How often the most frequent of them is there."""
+    return int(labels.unique(return_counts=True)[1].max()) if labels.numel() else 0
 
 
 def few_positions(inputs: Batch) -> Batch | None:

@@ -35,6 +35,26 @@ class Observation:
     loss: float
 
 
+@dataclass(frozen=True)
+class StatedLoss:
+    """What a loss beside the model comes to on a batch, such as a trainer's.
+
+    Args:
+        batch: as the model gets it, with its labels.
+        loss: of these labels, 0-dim.
+    """
+
+    batch: Batch
+    loss: Tensor
+
+    def beside(self, outputs: Outputs) -> Observation:
+        """The loss as if the forward with these outputs had come to it."""
+        names = ("logits", "prediction_logits", "start_logits", "end_logits")
+        scores = {name: outputs.named(name) for name in names}
+        found = {"loss": self.loss, **scores, "logits": outputs.logits}
+        return Observation(self.batch, Outputs(found, outputs.ctc), float(self.loss))
+
+
 def rounding(observations: Sequence[Observation]) -> float:
     """How far a loss may be from −log p, relative to it, by the precision of the two."""
     outputs = observations[0].outputs

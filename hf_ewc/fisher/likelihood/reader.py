@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,11 +18,14 @@ from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs, same_scores
 from hf_ewc.fisher.likelihood.label_shift import takes_any_length
 from hf_ewc.fisher.likelihood.observing import Observer, few_examples, few_positions, has_labels
-from hf_ewc.fisher.likelihood.own_loss import Observation
+from hf_ewc.fisher.likelihood.own_loss import Observation, StatedLoss
 from hf_ewc.fisher.likelihood.parts import Parts
 from hf_ewc.fisher.likelihood.readings import Reading
 from hf_ewc.fisher.likelihood.slices import unseen
 from hf_ewc.fisher.unwatched import unwatched
+from hf_ewc.processes import is_main_process
+
+logger = logging.getLogger("hf_ewc")
 
 # The true labels and made-up ones; the further ones where these tell nothing.
 _TURNS, _FURTHER_TURNS = range(2), range(2, 5)
@@ -39,9 +43,13 @@ class LabelReader:
         model: the unwrapped one.
         in_full: run each forward in full, as sharded parameters need it; otherwise a forward with
             other labels runs only what is new in it.
+        stated: losses of another place than the model, which it is trained with: where they are
+            −log p of a reading, that is it.
     """
 
-    def __init__(self, model: nn.Module, *, in_full: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, in_full: bool = False, stated: Sequence[StatedLoss] = ()
+    ) -> None:
         self._model = model
         self._forward = Forward(model)
         self._parts = Parts() if in_full else Parts.of(model)
@@ -50,6 +58,8 @@ class LabelReader:
         # As it is set before any forward: those of `transformers` write down what they take.
         self._problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         self._reading: Reading | None = None
+        self._stated = stated
+        self._told: Reading | None = None
         self._loss_is_nan = False
         self._expected: tuple[Batch, list[int], Observation] | None = None
 
@@ -65,11 +75,33 @@ class LabelReader:
         """
         inputs = batch.inputs
         refuse_further_labels(inputs)
+        self._listen()
         if self._reading is None and has_labels(inputs) and self._forward.takes_labels(inputs):
             if self._can_wait(batch):
                 self._waiting = batch
             else:
                 self._settle_on_few(batch)
+
+    def _listen(self) -> None:
+        """Find the reading that the stated losses tell, if there are any, and say if they do not.
+
+        Not where labels make the decoder's inputs: what does is only seen with the model's loss.
+        """
+        stated, self._stated = self._stated, ()
+        if not stated or any(self._forward.makes_decoder_inputs(each.batch) for each in stated):
+            return
+        with torch.no_grad(), unwatched():
+            observed = [each.beside(self._forward(each.batch)) for each in stated]
+        observed = self._after_prompts(observed)
+        candidates = choosing.candidates_for(observed[0].outputs, observed[0].batch)
+        if not candidates or not all(math.isfinite(each.loss) for each in observed):
+            return
+        with contextlib.suppress(ValueError):  # a shift that nothing tells
+            self._told = choosing.by_its_loss(self._model, candidates, observed)
+        if self._told is None and is_main_process():
+            logger.warning("%s", refusals.other_stated_loss(self._model, observed[0], candidates))
+        if self._told is not None and self._told.needs_labelled_forward:
+            self._forward.always_with_labels()
 
     def _can_wait(self, batch: ExampleBatch) -> bool:
         """Whether all examples have labels that no input is made of, of small outputs."""
@@ -130,7 +162,8 @@ class LabelReader:
         reading = self._reading
         if reading is None:
             said = self._problem_type
-            reading = choosing.by_what_is_said(self._model, said, outputs, batch)
+            by_what_is_said = choosing.by_what_is_said
+            reading = self._told or by_what_is_said(self._model, said, outputs, batch)
             if has_labels(batch) and not self._loss_is_nan:
                 self._reading = reading
         return reading.read(outputs, batch)
@@ -182,6 +215,9 @@ class LabelReader:
         self._loss_is_nan = first.outputs.loss is not None and math.isnan(first.loss)
         observed = self._after_prompts(observed)
         candidates = choosing.candidates_for(observed[0].outputs, observed[0].batch)
+        if self._told is not None:
+            self._reading = self._told
+            return
         if not candidates or math.isnan(first.loss):
             return
         reading = choosing.by_its_loss(self._model, candidates, observed)

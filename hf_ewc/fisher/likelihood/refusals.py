@@ -84,6 +84,19 @@ def other_loss(model: nn.Module, first: Observation, candidates: Sequence[Readin
     )
 
 
+def other_stated_loss(model: nn.Module, first: Observation, candidates: Sequence[Reading]) -> str:
+    """A warning: the loss that a model is trained with is −log p of none of the `candidates`."""
+    tried = ", ".join(f"{c.meaning} ({_stated(c, first)})" for c in candidates)
+    return (
+        f"The trainer's own loss, {first.loss:.4g} on a few examples, is not −log p of what "
+        f"{type(model).__name__} returns for them in any way that is known here: {tried}. So it is "
+        "with weights, label smoothing and further terms, which change nothing of what the Fisher "
+        "is of, and with inputs or outputs that the loss changes, which do. Then pass "
+        "log_likelihood= a function of (model, batch) that returns log p(y|x) of each example, "
+        "shape (batch,)."
+    )
+
+
 @torch.no_grad()
 def _stated(reading: Reading, observed: Observation) -> str:
     try:

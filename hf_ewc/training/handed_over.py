@@ -1,0 +1,189 @@
+"""What reaches a model of the batches of a trainer that computes its loss in a way of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_ewc.fisher.labels import LABEL_NAMES, are_there, label_name
+from hf_ewc.fisher.likelihood.made_up_labels import made_up
+from hf_ewc.fisher.likelihood.own_loss import StatedLoss
+from hf_ewc.training.data_path import Collator
+from hf_ewc.training.repeatable import as_if_not_run, copied
+
+# On so many examples a loss is looked at, with their own labels and with others.
+_EXAMPLES, _TURNS = 4, 3
+# Options of a forward that say what it returns, not what it computes.
+_OF_OUTPUTS = frozenset(
+    {"return_dict", "output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch"}
+)
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """Makes of a batch what reaches the model's forward, by the names that it has there.
+
+    Args:
+        names: the batch's name of each tensor that does, by its name there; None: not known.
+        options: what else the forward is called with.
+        taken: the names of all that it takes; None: anything.
+    """
+
+    names: Mapping[str, str] | None = None
+    options: Mapping[str, Any] | None = None
+    taken: frozenset[str] | None = None
+
+    def __call__(self, batch: Any) -> Any:
+        if not isinstance(batch, Mapping):
+            return batch
+        labels = {name: value for name, value in batch.items() if "label" in name}
+        labels |= {name: batch[name] for name in LABEL_NAMES if name in batch}
+        if self.names is not None:
+            given = {there: batch[here] for there, here in self.names.items()}
+            return {**labels, **given, **(self.options or {})}
+        taken = self.taken
+        return {name: v for name, v in batch.items() if taken is None or name in taken | {*labels}}
+
+    def of(self, collator: Collator) -> Collator:
+        return lambda examples: self(collator(examples))
+
+
+def handed_over(
+    trainer: Trainer, model: nn.Module, data: Any, collator: Collator, own_loss: bool
+) -> HandedOver:
+    """What reaches the model's forward, as the trainer's loss hands it on.
+
+    A `compute_loss` of the user's own may take columns out, such as weights of the examples, or
+    hand them on by other names: so it is run once, on the first examples, and what it hands to the
+    forward is looked at. Elsewhere what the forward does not take is left out.
+    """
+    taken = _arguments(model)
+    calls = _calls(trainer, model, data, collator) if own_loss else None
+    if calls is None:
+        return HandedOver(taken=taken)
+    batch, seen = calls
+    here = {id(value): name for name, value in batch.items() if isinstance(value, Tensor)}
+    known = [(call, names) for call in seen if (names := _names_in(call, here))]
+    if not known:
+        return HandedOver(taken=taken)
+    # Of several forwards, as one on data without labels, that of most columns by their own names.
+    call, names = max(known, key=lambda pair: sum(there == own for there, own in pair[1].items()))
+    return HandedOver(names, _options(model, call), taken)
+
+
+def stated_losses(
+    trainer: Trainer, model: nn.Module, data: Any, collator: Collator, reaches: HandedOver
+) -> list[StatedLoss]:
+    """What the trainer's loss comes to on a few examples, with their labels and with others.
+
+    None where it fails on them, or there are no labels by a name that is known.
+    """
+    found: list[StatedLoss] = []
+    if (examples := _first_of(data)) is None:
+        return found
+    with contextlib.suppress(Exception), _evaluated(trainer, model):
+        batch = trainer._prepare_inputs(collator(examples))
+        if (name := label_name(batch)) is None:
+            return found
+        for turn in range(_TURNS):
+            given = copied(batch)
+            if turn:
+                given[name] = made_up(batch[name], None, turn, holes=False)
+            labels = int(are_there(given[name]).sum())
+            found.append(StatedLoss(reaches(given), _loss(trainer, model, given, labels)))
+    return found if len(found) == _TURNS else []
+
+
+def _loss(trainer: Trainer, model: nn.Module, inputs: Any, labels: int) -> Tensor:
+    """Without the number of labels, as in evaluation, or with it where the loss needs it."""
+    compute: Any = trainer.compute_loss
+    try:
+        loss: Tensor = compute(model, copied(inputs))
+    except TypeError:
+        loss = compute(model, copied(inputs), num_items_in_batch=labels)
+    return loss.detach().mean()
+
+
+def _first_of(data: Any) -> list[Any] | None:
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
+        return None
+    return [data[i] for i in range(min(_EXAMPLES, len(data)))]
+
+
+def _arguments(model: nn.Module) -> frozenset[str] | None:
+    """The names of what the forward takes; None for anything."""
+    parameters = _signature(model)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return frozenset(parameters)
+
+
+def _signature(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    get_base: Any = getattr(model, "get_base_model", None)  # of a PEFT model
+    return inspect.signature((get_base() if callable(get_base) else model).forward).parameters
+
+
+def _calls(
+    trainer: Trainer, model: nn.Module, data: Any, collator: Collator
+) -> tuple[Mapping[str, Any], list[dict[str, Any]]] | None:
+    """A batch, and what each forward on it is called with; None where the loss fails."""
+    if (examples := _first_of(data)) is None:
+        return None
+    calls: list[dict[str, Any]] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positional = zip(inspect.signature(module.forward).parameters, args, strict=False)
+        calls.append({**dict(positional), **kwargs})
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with _evaluated(trainer, model):
+            batch = trainer._prepare_inputs(collator(examples))
+            trainer.compute_loss(model, copy.copy(batch))
+    except Exception:
+        return None  # the estimate itself says what is wrong
+    finally:
+        handle.remove()
+    return batch, calls
+
+
+def _names_in(call: Mapping[str, Any], here: Mapping[int, str]) -> dict[str, str] | None:
+    """The batch's names of the tensors of a call; None where some are not the batch's."""
+    tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
+    if any(id(value) not in here for value in tensors.values()):
+        return None
+    return {name: here[id(value)] for name, value in tensors.items()}
+
+
+def _options(model: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call says beside tensors that the forward would not take by itself."""
+    signature = _signature(model)
+    return {
+        name: value
+        for name, value in call.items()
+        if isinstance(value, (bool, int, float, str))
+        and name in signature
+        and name not in _OF_OUTPUTS
+        and value != signature[name].default
+    }
+
+
+@contextlib.contextmanager
+def _evaluated(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """In evaluation mode without gradients, and with nothing left behind."""
+    modes = [(module, module.training) for module in model.modules()]
+    with as_if_not_run(trainer, model), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

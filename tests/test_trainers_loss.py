@@ -1,0 +1,181 @@
+"""What outputs mean where the trainer learns with another loss than the model's.
+
+The oracle: log p of each example by itself in float64, as the trainer's loss has it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_ewc import EWCConfig, EWCTrainer
+from tests.models import VOCAB, bert
+from tests.training import arguments
+
+
+def rows(kind: str, size: int = 8) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for i in range(size):
+        ids = torch.randint(1, VOCAB, (5,), generator=generator)
+        label = {"text": ids.clone(), "yes": torch.tensor(float(i % 2)), "one": torch.tensor(i % 3)}
+        found.append({"input_ids": ids, "labels": label[kind]})
+    return found
+
+
+class Words(nn.Module):
+    """Scores at each position, or one set of them, and no loss."""
+
+    def __init__(self, outputs: int, sequence: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 6)
+        self.head = nn.Linear(6, outputs)
+        self.sequence = sequence
+
+    def forward(self, input_ids: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        hidden = torch.tanh(scale * self.embedding(input_ids))
+        return {"logits": self.head(hidden.cumsum(1) if self.sequence else hidden.mean(1))}
+
+
+def empirical(model: nn.Module, data: list[dict[str, Tensor]], log_p: Any) -> dict[str, Tensor]:
+    """(1/N) Σ_n (∂ log p_n)², a sum over the labels of an example."""
+    model = copy.deepcopy(model).double().eval()
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in data:
+        model.zero_grad()
+        log_p(model, {name: value[None] for name, value in row.items()}).backward()
+        for name, p in model.named_parameters():
+            total[name] += 0 if p.grad is None else p.grad.square() / len(data)
+    return total
+
+
+def learner(model: nn.Module, data: Any, tmp_path: Any, loss: Any = None, **options: Any) -> Any:
+    class Learner(EWCTrainer):
+        if loss is not None:
+
+            def compute_loss(
+                self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+            ) -> Any:
+                found, outputs = loss(model, inputs)
+                return (found, outputs) if return_outputs else found
+
+    return Learner(
+        model=model,
+        args=arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=data,
+        ewc_config=EWCConfig(fisher_type="empirical"),
+        **options,
+    )
+
+
+def check(trainer: Any, expected: dict[str, Tensor], labels: int = 1) -> None:
+    importance = trainer.consolidate().importance
+    for name, value in expected.items():
+        found = importance[name].double() * labels
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-9)
+
+
+def yes_no(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return F.binary_cross_entropy_with_logits(outputs["logits"].view(-1), labels.float())
+
+
+def log_p_yes_no(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+    logit = model(input_ids=row["input_ids"])["logits"].view(())
+    return F.logsigmoid(logit if row["labels"] > 0 else -logit)
+
+
+@pytest.mark.parametrize("by", ["compute_loss_func", "compute_loss"])
+def test_one_logit_that_the_model_takes_for_a_regression(by: str, tmp_path: Any) -> None:
+    model, data = bert(num_labels=1), rows("yes")
+
+    def loss(model: nn.Module, inputs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        return yes_no(outputs, inputs["labels"]), outputs
+
+    options = {"compute_loss_func": yes_no} if by == "compute_loss_func" else {"loss": loss}
+    check(learner(model, data, tmp_path, **options), empirical(model, data, log_p_yes_no))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_shift_that_only_the_trainer_knows(shift: int, tmp_path: Any) -> None:
+    model, data = Words(VOCAB, sequence=True), rows("text")
+
+    def loss(model: nn.Module, inputs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        scores = outputs["logits"][:, : 5 - shift].flatten(0, 1)
+        return F.cross_entropy(scores, inputs["labels"][:, shift:].flatten()), outputs
+
+    def log_p(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+        scores = model(row["input_ids"])["logits"][0, : 5 - shift]
+        return -F.cross_entropy(scores, row["labels"][0, shift:], reduction="sum")
+
+    check(learner(model, data, tmp_path, loss), empirical(model, data, log_p), 5 - shift)
+
+
+def classes(model: nn.Module, inputs: Any, **options: Any) -> Any:
+    outputs = model(input_ids=inputs["input_ids"], **options)
+    return F.cross_entropy(outputs["logits"], inputs["labels"]), outputs
+
+
+def log_p_classes(model: nn.Module, row: dict[str, Tensor], **options: Any) -> Tensor:
+    return -F.cross_entropy(model(row["input_ids"], **options)["logits"], row["labels"])
+
+
+@pytest.mark.parametrize("unlabelled_first", [True, False])
+def test_a_further_forward_on_unlabelled_examples(unlabelled_first: bool, tmp_path: Any) -> None:
+    model, data = Words(3), rows("one")
+    data = [{**row, "others": (row["input_ids"] + 7) % VOCAB} for row in data]
+
+    def loss(model: nn.Module, inputs: Any) -> Any:
+        forwards = [lambda: classes(model, inputs), lambda: model(input_ids=inputs["others"])]
+        results = [forward() for forward in forwards[:: -1 if unlabelled_first else 1]]
+        (found, outputs), other = results[:: -1 if unlabelled_first else 1]
+        return found + 0.5 * other["logits"].logsumexp(-1).mean(), outputs
+
+    check(learner(model, data, tmp_path, loss), empirical(model, data, log_p_classes))
+
+
+def test_an_option_that_the_trainer_gives_to_the_forward(tmp_path: Any) -> None:
+    model, data = Words(3), rows("one")
+    trainer = learner(model, data, tmp_path, lambda m, inputs: classes(m, inputs, scale=3.0))
+    check(trainer, empirical(model, data, lambda m, row: log_p_classes(m, row, scale=3.0)))
+
+
+def head_outside(model: nn.Module, inputs: Any) -> Any:
+    return F.cross_entropy(model(input_ids=inputs["input_ids"])["logits"] * 2, inputs["labels"]), {}
+
+
+def one_against_the_others(model: nn.Module, inputs: Any) -> Any:
+    logits = model(input_ids=inputs["input_ids"])["logits"]
+    targets = F.one_hot(inputs["labels"], 3).float()
+    return F.binary_cross_entropy_with_logits(logits, targets), {}
+
+
+def other_inputs(model: nn.Module, inputs: Any) -> Any:
+    return classes(model, {**inputs, "input_ids": (inputs["input_ids"] + 1) % VOCAB})
+
+
+@pytest.mark.parametrize("loss", [head_outside, one_against_the_others, other_inputs])
+def test_a_loss_that_is_no_likelihood_of_the_outputs_is_said(
+    loss: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_ewc"):
+        learner(Words(3), rows("one"), tmp_path, loss).consolidate()
+    said = [r.getMessage() for r in caplog.records if "own loss" in r.getMessage()]
+    assert len(said) == 1
+    assert "log_likelihood= a function" in said[0]
+
+
+def test_nothing_is_said_where_the_loss_is_the_models(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_ewc"):
+        learner(Words(3), rows("one"), tmp_path, classes).consolidate()
+    assert not caplog.records
