@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_ewc import EWCConfig, EWCTrainer
+from hf_ewc import EWCConfig, EWCTrainer, estimate_fisher
 from tests.models import VOCAB, bert
 from tests.training import arguments
 
@@ -179,3 +179,20 @@ def test_nothing_is_said_where_the_loss_is_the_models(
     with caplog.at_level(logging.WARNING, logger="hf_ewc"):
         learner(Words(3), rows("one"), tmp_path, classes).consolidate()
     assert not caplog.records
+
+
+def test_without_a_loss_a_shift_of_texts_is_not_guessed() -> None:
+    model, data = Words(VOCAB, sequence=True), rows("text")
+    with pytest.raises(ValueError, match="labels are the input_ids themselves"):
+        estimate_fisher(model, data, fisher_type="empirical")
+
+    def log_p(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+        scores = model(row["input_ids"])["logits"][0]
+        return -F.cross_entropy(scores, row["labels"][0], reduction="sum")
+
+    shifted = [
+        {**row, "labels": torch.cat([row["labels"][1:], torch.tensor([-100])])} for row in data
+    ]
+    found = estimate_fisher(model, shifted, fisher_type="empirical")
+    for name, value in empirical(model, shifted, log_p).items():
+        torch.testing.assert_close(found.diagonal[name].double(), value, rtol=1e-4, atol=1e-9)

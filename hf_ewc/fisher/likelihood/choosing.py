@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_ewc.fisher.labels import Batch, label_name, labels_in
+from hf_ewc.fisher.labels import Batch, are_there, label_name, labels_in
 from hf_ewc.fisher.likelihood import refusals
 from hf_ewc.fisher.likelihood.forward import Outputs
 from hf_ewc.fisher.likelihood.label_shift import shifts_labels
@@ -96,9 +96,20 @@ def by_what_is_said(
     kind = _kind(candidates, problem_type, outputs, batch)
     if kind == SOFTMAX and sums_to_one(logits_of(outputs)):
         raise refusals.probabilities()
-    shifted = bool(shifts_labels(model))
+    shifted = shifts_labels(model)
     fits = [candidate for candidate in candidates if candidate.problem_type == kind]
-    return next((candidate for candidate in fits if candidate.shifted == shifted), fits[0])
+    if shifted is None and any(c.shifted for c in fits) and _are_the_inputs(batch):
+        raise refusals.labels_are_inputs(model)
+    return next((candidate for candidate in fits if candidate.shifted == bool(shifted)), fits[0])
+
+
+def _are_the_inputs(batch: Batch) -> bool:
+    """Whether the labels are the texts themselves, as those of language models are."""
+    labels, ids = labels_in(batch), batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape:
+        return False
+    there = are_there(labels)
+    return bool(there.any()) and torch.equal(ids[there], labels[there])
 
 
 def _nothing_known(outputs: Outputs, batch: Batch) -> ValueError:

@@ -71,6 +71,16 @@ def shift_unknown(model: nn.Module) -> ValueError:
     )
 
 
+def labels_are_inputs(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"The labels are the input_ids themselves, and {type(model).__name__} has no loss that "
+        "says whether each position predicts its own label or, as language models do, the next "
+        "one. Let its forward take labels and return a loss, consolidate with the trainer whose "
+        "compute_loss has it, shift the labels yourself (−100 at the last position), or "
+        f"{USE_LOG_LIKELIHOOD}."
+    )
+
+
 def other_loss(model: nn.Module, first: Observation, candidates: Sequence[Reading]) -> ValueError:
     """The model's loss is −log p of none of the `candidates`."""
     labels = first.batch[label_name(first.batch) or "start_positions"]
