@@ -336,3 +336,12 @@ def test_fisher_of_an_adapter_is_that_of_its_matrices(tmp_path, text_model, csv)
     names = list(EWCState.from_pretrained(tmp_path / "state").importance)
     assert any("lora_B" in name for name in names)
     assert not any("key" in name for name in names)
+
+
+def test_report_does_not_write_over_a_run(tmp_path, capsys):
+    write_report(tmp_path / "plain", {"plain": {1: matrix(0.5)}})
+    write_report(tmp_path / "run", {"EWC": [matrix(0.5)]}, details={"settings": {}})
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    said = failed(capsys, "report", tmp_path / "plain", "-o", tmp_path / "run")
+    assert "holds the results of a run" in said
+    assert (tmp_path / "run" / "results.json").read_bytes() == before

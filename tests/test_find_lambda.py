@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from test_lambda_search import Seen, between, enough, three_tasks
 from test_tasks import arguments, same_weights, vit
 from transformers import Trainer
@@ -111,3 +112,40 @@ def test_what_it_cannot_be_found_for(tmp_path, learnt):
     with pytest.raises(ValueError, match="an optimizer already"):
         find_lambda(trainer)
     assert same_weights(trainer.model, learnt[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"give_up": 2}, "give_up is 2; allowed is a finite number of at least 0 and at most 1"),
+        ({"first": 0}, "first is 0; allowed is a finite number above 0"),
+        ({"lowest": -1.0}, "lowest is -1.0; allowed is a finite number above 0"),
+        ({"alpha": float("nan")}, "alpha is nan; allowed is"),
+        ({"old_validation": [[]]}, "a data set of old_validation is empty"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(options, message, tmp_path, learnt):
+    with pytest.raises(ValueError, match=message):
+        find_lambda(trainer_of(tmp_path, learnt), **options)
+
+
+def test_one_data_set_is_no_list_of_them(tmp_path, learnt):
+    data = Dataset.from_dict({"labels": [0, 1]})
+    with pytest.raises(TypeError, match="old_validation is a Dataset; needed is a list"):
+        find_lambda(trainer_of(tmp_path, learnt), old_validation=data)
+
+
+def test_a_strength_with_which_the_loss_is_no_number_is_not_chosen(tmp_path, learnt, monkeypatch):
+    class Diverging(EWCTrainer):
+        def evaluate(self, *args, **kwargs):
+            found = super().evaluate(*args, **kwargs)
+            too_large = self.ewc_state is not None and self.ewc_config.ewc_lambda > 50
+            return {**found, "eval_loss": float("nan")} if too_large else found
+
+    trainer = trainer_of(tmp_path, learnt)
+    trainer.__class__ = Diverging
+    options = {"old_validation": [three_tasks()[0].eval_dataset], "first": 1e3, "lowest": 1.0}
+    found = find_lambda(trainer, **options)
+    assert found.ewc_lambda in (10.0, 1.0)
+    with pytest.raises(ValueError, match="finite with none of 2 λ"):
+        find_lambda(trainer, **{**options, "lowest": 100.0})

@@ -175,3 +175,41 @@ def test_what_is_wrong_is_said_before_the_first_step(tmp_path, methods, seeds, e
         compare_methods(
             fresh, two_tasks(), arguments(tmp_path), methods, seeds, callbacks=[StopAt(1)]
         )
+
+
+def test_every_run_needs_a_model_of_its_own(tmp_path):
+    model = vit()
+    with pytest.raises(ValueError, match="make_model returned a model that an earlier run"):
+        compare_methods(lambda: model, two_tasks(), arguments(tmp_path), {"a": {}, "b": {}}, [0])
+    with pytest.raises(TypeError, match="make_model returned a str"):
+        compare_methods(lambda: "vit", two_tasks(), arguments(tmp_path / "b"), {"a": {}}, [0])
+
+
+def test_the_results_of_a_single_run_are_not_written_over(tmp_path):
+    run_tasks(vit(), two_tasks()[:1], arguments(tmp_path, max_steps=1))
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="is of a run by run_tasks"):
+        compare_methods(vit, two_tasks(), arguments(tmp_path), {"plain": {}}, [0])
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "message"),
+    [
+        ({"x" * 300: {}}, [0], "a method's name is"),
+        ({3: {}}, [0], "a method's name is 3"),
+        ({"plain": {}}, [0, -1], "a seed is -1"),
+        ({"plain": {}}, [0, 2**33], "a seed is 8589934592"),
+        ({"plain": {}}, ["0"], "a seed is '0'"),
+    ],
+)
+def test_names_and_seeds_are_looked_at_first(methods, seeds, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compare_methods(vit, two_tasks(), arguments(tmp_path), methods, seeds)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_seeds_may_be_an_array(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    found = compare_methods(vit, two_tasks()[:1], args, {"plain": {}}, np.arange(2))
+    assert [*found.runs["plain"]] == [0, 1]

@@ -115,7 +115,7 @@ def test_a_task_has_arguments_weight_and_fisher_data_of_its_own(tmp_path):
         (dict(training_args={"output_dir": "x"}), ValueError, "for the whole run"),
         (dict(training_args={"lr_scheduler_type": "zigzag"}), ValueError, "zigzag"),
         (dict(training_args=["max_steps"]), TypeError, "a dict"),
-        (dict(weight=-1), ValueError, "weight -1"),
+        (dict(weight=-1), ValueError, "is -1; allowed"),
     ],
 )
 def test_bad_fields_of_a_task(tmp_path, change, error, message):

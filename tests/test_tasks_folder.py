@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 from test_tasks import CONFIG, arguments, examples, same_weights, two_tasks, vit
-from transformers import TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, ViTForImageClassification
 
 import hf_ewc.report.writing as writing
-from hf_ewc import EWCConfig, EWCTrainer, Task, run_tasks
+from hf_ewc import EWCConfig, EWCTrainer, Task, compare_methods, estimate_fisher, run_tasks
+from hf_ewc.tasks.evaluation import accuracy
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.same_run import check_same_run
@@ -250,3 +251,86 @@ def test_a_run_goes_on_with_other_batches_of_the_fisher(used):
     assert run_tasks(vit(), two_tasks(), arguments(used, max_steps=1), other).state
     with pytest.raises(ValueError, match=r"ewc_config\.fisher_samples"):
         run_tasks(vit(), two_tasks(), arguments(used), replace(CONFIG, fisher_samples=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("results.json", '{"mine": 1}'), ("replay.json", '{"mine": [1]}')]
+)
+def test_somebodys_file_of_a_runs_name_is_not_removed(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} is of no run by run_tasks"):
+        run(tmp_path, resume=False)
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_comparison_is_not_removed_for_a_run(tmp_path):
+    compare_methods(vit, two_tasks()[:1], arguments(tmp_path, max_steps=1), {"plain": {}}, [0])
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="is of no run by run_tasks"):
+        run(tmp_path, resume=False)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_files_that_are_only_named_like_a_runs_stay(used):
+    final = used / "01-0-or-1" / "final"
+    names = ["model-backup.safetensors", "tokenizer_mine.json", "ewc_state_copy.safetensors"]
+    for name in names:
+        (final / name).write_text("mine")
+    run(used, resume=False)
+    assert [(final / name).read_text() for name in names] == ["mine"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"log_likelihood": "x"}, TypeError, "log_likelihood is 'x'; needed is a function"),
+        ({"after_task": "x"}, TypeError, "after_task is 'x'; needed is a function"),
+        ({"data_collator": 3}, TypeError, "data_collator is 3; needed is a function"),
+        ({"optimizers": (object(), object())}, ValueError, "optimizers= are given for 2 tasks"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_first(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        run(tmp_path, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"fisher_dataset": pd.DataFrame()}, TypeError, "the fisher_dataset of task '0 or 1' is"),
+        ({"fisher_dataset": []}, ValueError, "the fisher_dataset of task '0 or 1' is empty"),
+        ({"weight": True}, ValueError, "weight of task '0 or 1' is True"),
+    ],
+)
+def test_all_of_a_task_is_looked_at_first(changes, error, message, tmp_path):
+    tasks = [replace(two_tasks()[0], **changes)]
+    with pytest.raises(error, match=message):
+        run_tasks(vit(), tasks, arguments(tmp_path), CONFIG)
+
+
+def test_a_run_goes_on_with_the_settings_that_change_its_weights_alone(tmp_path):
+    tasks = two_tasks()
+    run_tasks(vit(), tasks[:1], arguments(tmp_path, max_steps=1))
+    with pytest.raises(ValueError, match=r"args\.adam_beta1: 0\.9 there, 0\.5 now"):
+        run_tasks(vit(), tasks, arguments(tmp_path, max_steps=1, adam_beta1=0.5))
+
+
+def test_a_fisher_of_outputs_that_are_no_numbers_says_so():
+    class Broken(ViTForImageClassification):
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found["logits"] = found["logits"] * float("nan")
+            return found
+
+    model = Broken(vit().config)
+    with pytest.raises(ValueError, match="outputs are NaN on these examples"):
+        estimate_fisher(model, examples((0, 1)), fisher_type="exact")
+
+
+def test_a_score_of_outputs_that_are_no_numbers_is_missing():
+    predictions = np.array([[np.nan, np.nan], [0.0, 1.0]])
+    given = EvalPrediction(predictions=predictions, label_ids=np.array([0, 1]))
+    assert np.isnan(accuracy(given)["accuracy"])
+    masked = np.array([[-np.inf, 0.0], [0.0, 1.0]])  # as of a class that is another task's
+    assert accuracy(EvalPrediction(masked, np.array([1, 1])))["accuracy"] == 1.0

@@ -36,6 +36,13 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"-o {output} is a file; give a folder.")
     if (output / "results.json").resolve() in {file.resolve() for file in files}:
         raise ValueError(f"-o {output} holds results that are read; give another folder.")
+    if (output / "results.json").is_file():
+        _, content = read_outcomes(output / "results.json")
+        if content.keys() & {"settings", "methods"}:
+            raise ValueError(
+                f"-o {output} holds the results of a run, which could not go on without them; "
+                "give another folder."
+            )
     runs = as_runs(merged((file.absolute().parent.name, runs_in(file)) for file in files))
     write_report(output, runs, title=given.title)
     print(summary_table(runs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
@@ -250,6 +251,8 @@ def _finished(
     diagonal = {name: total.div_(divisor).float() for name, total in estimation.totals().items()}
     with processes.together():
         _require_finite(diagonal)
+    with processes.together():
+        _require_numbers(counts.confidence)
     labels = max(counts.labels / count, 1.0)
     return Fisher(diagonal, count, estimation.fisher_type, labels, counts.confidence)
 
@@ -257,6 +260,14 @@ def _finished(
 def _of_all(own: Counts, processes: Processes) -> Counts:
     examples, labels, sure, classed = processes.sums(astuple(own))
     return Counts(int(examples), int(labels), sure, int(classed))
+
+
+def _require_numbers(confidence: float | None) -> None:
+    if confidence is not None and math.isnan(confidence):
+        raise ValueError(
+            "The model's outputs are NaN on these examples: the training has diverged, or NaN "
+            "stands in the weights or inputs. Lower the learning rate, or look for it there."
+        )
 
 
 def _require_finite(diagonal: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.config.checked import number
 from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.heads import heads_of
 from hf_ewc.tasks.named_metrics import NamedMetrics
@@ -53,7 +54,9 @@ def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) 
     for task in tasks:
         if task.train_dataset is None:
             raise ValueError(f"task {task.name!r} has no train_dataset.")
-        for kind, data in (("train", task.train_dataset), ("eval", task.eval_dataset)):
+        named = {"train": task.train_dataset, "eval": task.eval_dataset}
+        named |= {} if task.fisher_dataset is None else {"fisher": task.fisher_dataset}
+        for kind, data in named.items():
             what = f"the {kind}_dataset of task {task.name!r}"
             _check_kind(what, data)
             if task.data_collator is None and data_collator is None:
@@ -153,6 +156,25 @@ def check_tasks(
             )
 
 
+def check_calls(**given: Any) -> None:
+    """Refuse what is to be called and cannot be: a `TypeError` with its name."""
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} is {value!r:.60}; needed is a function, or None.")
+
+
+def check_optimizers(tasks: Sequence[Task], optimizers: Any) -> None:
+    """Refuse an optimizer or schedule that would go on from one task to the next: `ValueError`."""
+    if optimizers in (None, (None, None)) or len(tasks) < 2:
+        return
+    raise ValueError(
+        f"optimizers= are given for {len(tasks)} tasks: the schedule would be at its end, and the "
+        "learning rate perhaps 0, from the second task on. Let the trainer make new ones for each: "
+        "args.optim and args.lr_scheduler_type, optimizer_cls_and_kwargs=, or a trainer_class "
+        "with create_optimizer of its own."
+    )
+
+
 def check_types(tasks: Any, args: Any, config: Any, sequence: Any) -> None:
     """Refuse arguments of `run_tasks` that are something else: a `TypeError`."""
     if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
@@ -187,11 +209,7 @@ def check_sequence(
                 f"task {task.name!r} has classes and a head; give it classes on the shared head, "
                 "or a head of its own."
             )
-        if not isinstance(task.weight, (int, float)) or not 0 <= task.weight < float("inf"):
-            raise ValueError(
-                f"task {task.name!r} has the weight {task.weight!r}; allowed is a finite number "
-                "of at least 0."
-            )
+        number(f"weight of task {task.name!r}", task.weight, low=0.0)
     if config.l2sp_lambda and not hasattr(trainer_class, "consolidate"):
         raise TypeError(
             f"l2sp_lambda is {config.l2sp_lambda:g}; {trainer_class.__name__} has no penalty: "

@@ -147,4 +147,6 @@ def accuracy(prediction: EvalPrediction, shifted: bool = False) -> dict[str, flo
         raise ValueError(
             "accuracy got no labels; the evaluation data needs some that are not -100."
         )
+    if np.isnan(logits[counted]).any():  # of which argmax would make a class
+        return {"accuracy": math.nan}
     return {"accuracy": float((logits.argmax(-1) == labels)[counted].mean())}

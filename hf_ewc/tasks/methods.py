@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.config.checked import integer
 from hf_ewc.report import Outcome, summary_table, write_report
+from hf_ewc.report.results import read_outcomes
 from hf_ewc.state.by_layer import importance_by_layer
 from hf_ewc.tasks.arguments import checked, with_settings
+from hf_ewc.tasks.checks import LONGEST_NAME
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process
 from hf_ewc.tasks.results import TaskResults
@@ -99,6 +103,7 @@ def compare_methods(
             refuses, before anything is trained.
     """
     _check(methods, seeds)
+    seeds = [int(seed) for seed in seeds]
     if args.push_to_hub:
         raise ValueError(
             "push_to_hub is for one model, and compare_methods trains one by each method with each "
@@ -111,12 +116,15 @@ def compare_methods(
     for method in resolved.values():
         planned(tasks, method.args, **_of_plan(method.options))
     folder = Path(str(args.output_dir))
+    _check_folder(folder)
     _ = args.device  # sets up the process group, if there is to be one
     runs: dict[str, dict[int, Outcome]] = {name: {} for name in resolved}
+    models = _Models()
     with held_by_main_process(only_run_in(folder)):
         for seed in seeds:
             for name, method in resolved.items():
-                runs[name][seed] = _run(name, method, tasks, seed, folder / safe_name(name))
+                made = replace(method, make_model=models.by(method.make_model))
+                runs[name][seed] = _run(name, made, tasks, seed, folder / safe_name(name))
         runs = _with_reference(runs, resolved)
         by_main_process(
             lambda: write_report(
@@ -124,6 +132,38 @@ def compare_methods(
             )
         )
     return Comparison(runs, folder)
+
+
+class _Models:
+    """The models that were trained, to see that each run has one of its own."""
+
+    def __init__(self) -> None:
+        self._known: WeakSet[nn.Module] = WeakSet()
+
+    def by(self, make_model: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        def made() -> nn.Module:
+            model = make_model()
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"make_model returned a {type(model).__name__}; needed is a model.")
+            if model in self._known:
+                raise ValueError(
+                    "make_model returned a model that an earlier run has trained; it has to make a "
+                    "new one at each call, such as lambda: AutoModel.from_pretrained(name)."
+                )
+            self._known.add(model)
+            return model
+
+        return made
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse the folder of a single run, whose results would be gone."""
+    results = folder / "results.json"
+    if results.is_file() and "settings" in read_outcomes(results)[1]:
+        raise ValueError(
+            f"{results} is of a run by run_tasks, which could not go on without it; give "
+            "compare_methods another output_dir."
+        )
 
 
 def _run(name: str, method: Method, tasks: Sequence[Task], seed: int, folder: Path) -> Outcome:
@@ -187,9 +227,18 @@ def _as_dict(name: str, settings: Settings) -> dict[str, Any]:
 def _check(methods: Mapping[str, Settings], seeds: Sequence[int]) -> None:
     if not isinstance(methods, Mapping) or not methods:
         raise ValueError("compare_methods got no methods; give a dict from names to settings.")
-    if not seeds or len(set(seeds)) < len(seeds):
+    for name in methods:
+        if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME:
+            raise ValueError(
+                f"a method's name is {name!r:.60}; needed is a text of at most {LONGEST_NAME} "
+                "characters, after which its folder is named."
+            )
+    if len(seeds) == 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, each once.")
-    folders = [safe_name(str(name)) for name in methods]
+    for seed in seeds:
+        if integer("a seed", seed, low=0) >= 2**32:
+            raise ValueError(f"a seed is {seed!r}; allowed is an integer below 2**32.")
+    folders = [safe_name(name) for name in methods]
     if len(set(folders)) < len(folders):
         raise ValueError(
             f"the methods {list(methods)} would share folders ({folders}); choose other names."

@@ -21,14 +21,19 @@ OWN_FILES = (
     *("curves.png", "stability_plasticity.png", "importance.png", "tracking.json"),
     "lambda_search.png",
 )
+# The state, by the names that it has.
+_STATE = ("ewc_state.json", f"ewc_state-{'[0-9a-f]' * 16}.safetensors")
 # What trainers, models, states and tokenizers write. Anything else is somebody's, and stays.
 _WRITTEN = (
-    *("model*.safetensors", "model.safetensors.index.json", "config.json", "training_args.bin"),
-    *("generation_config.json", "adapter_model*.safetensors", "adapter_config.json"),
-    *("ewc_state.json", "ewc_state*.safetensors", "heads.safetensors"),
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    *("config.json", "training_args.bin", "generation_config.json", "adapter_config.json"),
+    *("adapter_model.safetensors", "adapter_model-?????-of-?????.safetensors"),
+    *("adapter_model.safetensors.index.json", *_STATE, "heads.safetensors"),
     *("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"),
-    *("rng_state*.pth", "pytorch_model*.bin", "latest", "zero_to_fp32.py"),
-    *("tokenizer*.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
+    *("rng_state.pth", "rng_state_[0-9]*.pth", "latest", "zero_to_fp32.py"),
+    *("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "preprocessor_config.json"),
     *("processor_config.json", "chat_template.jinja", "spiece.model"),
 )
@@ -82,7 +87,10 @@ class RunFolder:
 
         Raises:
             OSError: something could not be removed.
+            ValueError: a file of these names is another's than such a run's.
         """
+        for path in (self.results, self.path / "replay.json"):
+            _refuse_somebodys(path)
         found = list(self._written())
         if found:
             logger.warning(
@@ -132,12 +140,29 @@ class RunFolder:
             yield from _written_in(folder)
 
 
+def _refuse_somebodys(path: Path) -> None:
+    """Refuse a file that is in the place of a run's and that no such run wrote; damaged ones go."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return
+    if path.name == "results.json":
+        own = isinstance(found, dict) and "checksum" in found and "methods" not in found
+    else:
+        own = isinstance(found, dict) and all(key.isdigit() for key in found)
+    if not own:
+        raise ValueError(
+            f"{path} is of no run by run_tasks, which would have to remove it to begin anew; move "
+            "it, or choose another output_dir."
+        )
+
+
 def _written_in(folder: Path) -> Iterator[Path]:
     """The files in a task's folder that a run writes, and whole folders of an engine's shards."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and _SAVED.fullmatch(path.name):
             yield from _saved_in(path)
-        elif not path.is_dir() and _is_like(path, ("ewc_state.json", "ewc_state*.safetensors")):
+        elif not path.is_dir() and _is_like(path, _STATE):
             yield path
 
 

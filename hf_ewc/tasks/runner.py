@@ -13,9 +13,11 @@ from hf_ewc.config import EWCConfig
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.checks import (
+    check_calls,
     check_data,
     check_evaluated,
     check_names,
+    check_optimizers,
     check_score,
     check_sequence,
     check_tasks,
@@ -169,6 +171,8 @@ def planned(
     check_trainer_arguments(trainer_class, trainer_kwargs, "run_tasks")
     sequence = sequence_config or SequenceConfig()
     check_evaluated(evaluate_also, data_collator)
+    check_calls(data_collator=data_collator, log_likelihood=log_likelihood, after_task=after_task)
+    check_optimizers(tasks, trainer_kwargs.get("optimizers"))
     check_names([*tasks, *evaluate_also])
     check_data(tasks, data_collator)
     check_tasks(tasks, args, ewc_config, trainer_class, scenario)

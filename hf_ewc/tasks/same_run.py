@@ -32,6 +32,14 @@ RECORDED = (
     "optim",
     "lr_scheduler_type",
     "warmup_steps",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "dataloader_drop_last",
     "weight_decay",
     "max_grad_norm",
     "bf16",
@@ -95,12 +103,15 @@ def length(dataset: Any) -> int | None:
 def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     """Refuse to go on from a run with other settings; further tasks are welcome.
 
-    Settings of EWC that there were not yet when the run was begun are as they are untouched. The
-    size of the Fisher's batches may be another where it changes no result.
+    Settings of EWC that there were not yet when the run was begun are as they are untouched, and
+    training arguments that were not recorded yet as they are now. The size of the Fisher's batches
+    may be another where it changes no result.
     """
     found = dict(found) if isinstance(found, Mapping) else {}
     if isinstance(found.get("ewc_config"), Mapping):
         found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
+    if isinstance(found.get("args"), Mapping):
+        found["args"] = wanted["args"] | dict(found["args"])
     before = found.get("tasks") or []
     wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
     found, wanted = _decisive(found), _decisive(wanted)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 
+from hf_ewc.config.checked import number
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.training.held_out import (
@@ -83,10 +84,14 @@ def find_lambda(
     Raises:
         TypeError: the trainer has no EWC.
         ValueError: it has no state, its data is a stream, its model in shards, its optimizer was
-            given, or evaluation returns no such metric.
+            given, evaluation returns no such metric, or no λ has a finite loss.
     """
     _check(trainer)
     first = trainer.ewc_state.told_lambda() if first is None else first
+    first = number("first", first, low=0.0, open_low=True)
+    lowest = number("lowest", lowest, low=0.0, open_low=True)
+    give_up, alpha = number("give_up", give_up, low=0.0, high=1.0), number("alpha", alpha, low=0.0)
+    _check_sets(old_validation)
     with _as_it_was(trainer) as trial:
         curve = LambdaCurve(
             "the trainer's",
@@ -111,9 +116,15 @@ def find_lambda(
     if not old_validation:
         return FoundLambda(curve.chosen or lowest, curve, {})
     totals = {
-        t.ewc_lambda: trial.losses[t.ewc_lambda] + alpha * old[t.ewc_lambda]
+        t.ewc_lambda: total
         for t in curve.trials[1:]
+        if math.isfinite(total := trial.losses[t.ewc_lambda] + alpha * old[t.ewc_lambda])
     }
+    if not totals:
+        raise ValueError(
+            f"the losses are finite with none of {len(curve.trials) - 1} λ that were tried; "
+            f"lower the learning rate ({trainer.args.learning_rate:g})."
+        )
     return FoundLambda(min(totals, key=lambda strength: totals[strength]), curve, old)
 
 
@@ -216,6 +227,17 @@ def _without_the_users(trainer: Any) -> CallbackHandler:
 def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
     state = unwrap(model).state_dict()
     return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+
+def _check_sets(sets: Any) -> None:
+    """Refuse one data set, or an empty one, where a list of them is to be."""
+    if not isinstance(sets, (list, tuple)) or any(isinstance(each, str) for each in sets):
+        raise TypeError(
+            f"old_validation is a {type(sets).__name__}; needed is a list of data sets, such as "
+            "[validation_of_the_first_task]."
+        )
+    if any(hasattr(each, "__len__") and len(each) == 0 for each in sets):
+        raise ValueError("a data set of old_validation is empty; give each at least one example.")
 
 
 def _check(trainer: Any) -> None:

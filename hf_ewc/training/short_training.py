@@ -30,6 +30,7 @@ def for_a_share(args: TrainingArguments, whole: int, part: int) -> TrainingArgum
     found.save_strategy = SaveStrategy.NO
     found.load_best_model_at_end = found.push_to_hub = found.logging_first_step = False
     found.eval_on_start = False
+    found.dataloader_drop_last = False  # the held-out part may be less than a batch
     found.report_to = []
     found.disable_tqdm = True
     return found
