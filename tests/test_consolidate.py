@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
 from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification
 
@@ -150,6 +150,52 @@ def test_the_forward_gets_what_it_gets_in_training(
     expected = estimate_fisher(Strict(), Dataset.from_dict(COLUMNS), fisher_type="empirical")
     for name, tensor in expected.diagonal.items():
         torch.testing.assert_close(state.importance[name], tensor)
+
+
+class Targets(Strict):
+    """Takes its labels by a name of its own; one output says yes or no."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Any:
+        logits = super().forward(input_ids)["logits"][:, 0]
+        if targets is None:
+            return {"logits": logits}
+        loss = binary_cross_entropy_with_logits(logits, targets.float())
+        return {"loss": loss, "logits": logits}
+
+
+class OwnTargets(EWCTrainer):
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        targets = inputs.pop("targets").float()
+        return binary_cross_entropy_with_logits(model(**inputs)["logits"], targets)
+
+
+@pytest.mark.parametrize("kind", [EWCTrainer, OwnTargets])
+def test_labels_by_the_name_that_the_trainer_is_told(
+    kind: type[EWCTrainer], tmp_path: Path
+) -> None:
+    """Which reading is the right one is told by the loss: 0 and 1 may also be a regression's."""
+    ids, targets = COLUMNS["input_ids"], [i % 2 for i in range(8)]
+    options = {"label_names": ["targets"], "max_steps": 1}
+    trainer = trainer_of(
+        tmp_path, kind, Targets(), arguments=options,
+        train_dataset=Dataset.from_dict({"input_ids": ids, "targets": targets}),
+    )  # fmt: skip
+    trainer.train()  # with learning rate 0
+    state = trainer.consolidate()
+    model = Targets().double()
+    parameters = [p for name, p in model.named_parameters() if "types" not in name]
+    expected = [torch.zeros_like(p) for p in parameters]
+    for row, target in zip(ids, targets, strict=True):
+        logit = model(torch.tensor([row]))["logits"][0]
+        gradients = torch.autograd.grad(logsigmoid(logit if target else -logit), parameters)
+        expected = [e + g**2 / 8 for e, g in zip(expected, gradients, strict=True)]
+    found = [v for name, v in state.importance.items() if "types" not in name]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-9)
 
 
 class OwnLoader(EWCTrainer):

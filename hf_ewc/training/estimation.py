@@ -57,7 +57,7 @@ def fisher_of(
     stated: list[StatedLoss] = []
     if log_likelihood is None:
         reaches = handed_over(trainer, model, data, collator, own_loss)
-        if own_loss and has_users_loss(trainer):
+        if (own_loss and has_users_loss(trainer)) or reaches.labels is not None:
             stated = stated_losses(trainer, model, data, collator, reaches)
         collator = reaches.of(collator)
     batch_size = config.fisher_batch_size or trainer.args.per_device_train_batch_size

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,19 +35,23 @@ class HandedOver:
         names: the batch's name of each tensor that does, by its name there; None: not known.
         options: what else the forward is called with.
         taken: the names of all that it takes; None: anything.
+        labels: the batch's name of its labels, where it is none of those that are known.
     """
 
     names: Mapping[str, str] | None = None
     options: Mapping[str, Any] | None = None
     taken: frozenset[str] | None = None
+    labels: str | None = None
 
     def __call__(self, batch: Any) -> Any:
         if not isinstance(batch, Mapping):
             return batch
+        if self.labels in batch and not any(name in batch for name in LABEL_NAMES):
+            batch = {"labels" if name == self.labels else name: v for name, v in batch.items()}
         labels = {name: value for name, value in batch.items() if "label" in name}
         labels |= {name: batch[name] for name in LABEL_NAMES if name in batch}
         if self.names is not None:
-            given = {there: batch[here] for there, here in self.names.items()}
+            given = {there: batch[here] for there, here in self.names.items() if here in batch}
             return {**labels, **given, **(self.options or {})}
         taken = self.taken
         return {name: v for name, v in batch.items() if taken is None or name in taken | {*labels}}
@@ -65,18 +69,24 @@ def handed_over(
     hand them on by other names: so it is run once, on the first examples, and what it hands to the
     forward is looked at. Elsewhere what the forward does not take is left out.
     """
-    taken = _arguments(model)
+    nothing_seen = HandedOver(taken=_arguments(model), labels=_own_name_of_labels(trainer))
     calls = _calls(trainer, model, data, collator) if own_loss else None
     if calls is None:
-        return HandedOver(taken=taken)
+        return nothing_seen
     batch, seen = calls
     here = {id(value): name for name, value in batch.items() if isinstance(value, Tensor)}
     known = [(call, names) for call in seen if (names := _names_in(call, here))]
     if not known:
-        return HandedOver(taken=taken)
+        return nothing_seen
     # Of several forwards, as one on data without labels, that of most columns by their own names.
     call, names = max(known, key=lambda pair: sum(there == own for there, own in pair[1].items()))
-    return HandedOver(names, _options(model, call), taken)
+    return replace(nothing_seen, names=names, options=_options(model, call))
+
+
+def _own_name_of_labels(trainer: Trainer) -> str | None:
+    """The one that `TrainingArguments.label_names` gives them, if it is none that is known."""
+    given = trainer.args.label_names or []
+    return given[0] if len(given) == 1 and given[0] not in LABEL_NAMES else None
 
 
 def stated_losses(
@@ -91,7 +101,8 @@ def stated_losses(
         return found
     with contextlib.suppress(Exception), _evaluated(trainer, model):
         batch = trainer._prepare_inputs(collator(examples))
-        if (name := label_name(batch)) is None:
+        name = label_name(batch) or reaches.labels
+        if name not in batch:
             return found
         for turn in range(_TURNS):
             given = copied(batch)
