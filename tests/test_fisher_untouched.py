@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import fisher_oracle as oracle
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build, classes
 from fishers import Classifier, features
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_ewc import estimate_fisher
@@ -139,3 +141,55 @@ def test_checkpoint_wrappers_of_torch():
         model.bert.encoder.layer[i] = checkpoint_wrapper(layer)
     fisher = estimate_fisher(model, [batch], fisher_type="exact", fallback="error")
     oracle.assert_close(fisher.diagonal, expected)
+
+
+class Renormalized(nn.Module):
+    """Embeddings that write to their weights in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(10, 4, max_norm=0.5)
+        self.bag = nn.EmbeddingBag(10, 4, max_norm=0.5)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, input_ids, labels=None):
+        return SimpleNamespace(
+            logits=self.head(self.words(input_ids).mean(1) + self.bag(input_ids))
+        )
+
+
+class Named(Renormalized):
+    def forward(self, input_ids, labels=None):
+        return {"logits": super().forward(input_ids).logits}
+
+
+@pytest.mark.filterwarnings("ignore:The one-backward Fisher is not exact")
+@pytest.mark.parametrize("error", [False, True])
+def test_weights_that_a_forward_writes_to_are_put_back(error):
+    model = Named()
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    labels = torch.full((6,), 9) if error else classes(6)
+    batch = {"input_ids": torch.arange(18).reshape(6, 3) % 10, "labels": labels}
+    if error:
+        with pytest.raises(ValueError, match="outside the 3 classes"):
+            estimate_fisher(model, [batch])
+    else:
+        fisher = estimate_fisher(model, [batch])
+        twin = Renormalized()
+        twin.config = None
+        oracle.assert_close(fisher.diagonal, oracle.exact(twin, batch))
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_adapters_of_an_embedding_that_writes_to_its_weight_are_put_back():
+    config = LoraConfig(r=2, target_modules=["words"], init_lora_weights=False)
+    model = get_peft_model(Named(), config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = {"input_ids": torch.arange(18).reshape(6, 3) % 10, "labels": classes(6)}
+    with pytest.warns(UserWarning, match="one by one"):
+        estimate_fisher(model, [batch])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])

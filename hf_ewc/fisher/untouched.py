@@ -61,10 +61,11 @@ def untouched(
 ) -> Result:
     """action() in eval mode, with a gradient for the `selected` parameters alone; all put back.
 
-    Kept: parameters, `.grad` (set aside, not written to), `requires_grad`, the mode and other
-    attributes of each module, buffers, configurations, hooks, and the random states of Python,
-    NumPy and torch. A Ctrl-C at any moment leaves nothing changed: until the snapshot is there
-    nothing is, and what puts it back is not interrupted by signals, and else begun again.
+    Kept: parameters (the values of those that a forward writes to), `.grad` (set aside, not
+    written to), `requires_grad`, the mode and other attributes of each module, buffers,
+    configurations, hooks, and the random states of Python, NumPy and torch. A Ctrl-C at any moment
+    leaves nothing changed: until the snapshot is there nothing is, and what puts it back is not
+    interrupted by signals, and else begun again.
     """
     snapshot = Snapshot(model)
     try:
@@ -95,6 +96,9 @@ class Snapshot:
             (module, name, buffer, None if buffer is None else (buffer._version, buffer.clone()))
             for module in model.modules()
             for name, buffer in module._buffers.items()
+        ]
+        self._renormalized = [
+            (weight, weight._version, weight.detach().clone()) for weight in _renormalized(model)
         ]
         self._owners = [(owner, _public(owner)) for owner in _with_attributes(model)]
         self._hooks = [(hooks, set(hooks)) for hooks in _hooks_of(model)]
@@ -154,6 +158,10 @@ class Snapshot:
         for parameter, required, gradient in self._parameters:
             parameter.requires_grad_(required)
             parameter.grad = gradient
+        with torch.no_grad():
+            for weight, version, values in self._renormalized:
+                if weight._version != version:
+                    weight.copy_(values)
 
     @torch.no_grad()
     def _put_back_buffers(self) -> None:
@@ -214,6 +222,14 @@ def _with_attributes(model: nn.Module) -> list[Any]:
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
     return [*modules, *(c for c in configs.values() if hasattr(c, "__dict__"))]
+
+
+def _renormalized(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that a forward writes to: of embeddings with `max_norm`, and their adapters'."""
+    for module in model.modules():
+        inner = getattr(module, "base_layer", module)
+        if isinstance(inner, (nn.Embedding, nn.EmbeddingBag)) and inner.max_norm is not None:
+            yield from module.parameters()
 
 
 def _public(owner: object) -> dict[str, Any]:
