@@ -11,6 +11,7 @@ import torch
 from architectures import build, classes
 from fishers import Classifier, Tokens, features
 from models import Examples, bert, llama
+from torch import nn
 
 from hf_ewc import estimate_fisher
 
@@ -152,3 +153,29 @@ def test_examples_without_a_label_do_not_count_in_the_mean():
     rows[1]["labels"] = torch.full_like(rows[1]["labels"], -100)
     fisher = estimate_fisher(llama(), rows, batch_size=3)
     assert (fisher.num_examples, fisher.labels_per_example) == (2, 5.0)
+
+
+class Filtered(nn.Module):
+    """A complex weight for each frequency."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.filter = nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x, labels=None):
+        return {"logits": self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=4))}
+
+
+def test_complex_parameters_are_refused_and_may_be_left_out():
+    model = Filtered()
+    batch = {"x": features(), "labels": classes(6)}
+    for names in (None, ["head.weight", "filter"]):
+        with pytest.raises(ValueError, match=r"'filter' are complex \(complex64\).*real parameter"):
+            estimate_fisher(model, iter(()), parameters=names)  # before anything is read
+    fisher = estimate_fisher(model, [batch], parameters=["head.weight", "head.bias"])
+    expected = torch.zeros(3)
+    for p in model(features())["logits"].softmax(-1).detach():
+        expected += p * (1 - p) / 6
+    torch.testing.assert_close(fisher.diagonal["head.bias"], expected)

@@ -104,7 +104,8 @@ def estimate_fisher(
 
     Raises:
         ValueError: no usable examples, no labels, an unknown parameter name or Fisher type, a
-            likelihood or gradient that is not finite, a use not covered with fallback="error".
+            complex parameter, a likelihood or gradient that is not finite, a use not covered with
+            fallback="error".
         TypeError: batches or examples that are no dicts, a string for `parameters`.
         RuntimeError: another process has raised one of these.
         torch.OutOfMemoryError: one example does not fit in memory, or, where parameters are sharded
@@ -218,7 +219,20 @@ def _select(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Param
             "No parameter requires a gradient, so there is none to estimate the Fisher of. A PEFT "
             "adapter loaded without is_trainable=True is frozen."
         )
+    _refuse_complex(selected)
     return selected
+
+
+def _refuse_complex(selected: Mapping[str, nn.Parameter]) -> None:
+    found = [name for name, parameter in selected.items() if parameter.is_complex()]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"The parameters {', '.join(map(repr, found[:3]))}{more} are complex "
+            f"({str(selected[found[0]].dtype).removeprefix('torch.')}); the Fisher here is of real "
+            "ones. Leave them out (parameters=, ewc_exclude_modules), or keep their real and "
+            "imaginary parts as a real parameter and use it by torch.view_as_complex."
+        )
 
 
 def _tied_names(model: nn.Module, every: Mapping[str, nn.Parameter]) -> dict[str, str]:
