@@ -233,3 +233,97 @@ def test_rounding_decides_no_label_otherwise_for_an_example_alone(
     model = Rounded(outputs, problem_type, rounding)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         estimate_fisher(model, [data(outputs)], fisher_type=fisher_type, fallback="error")
+
+
+class Looked(nn.Module):
+    """An embedding whose gradient holds the looked up rows alone, and maybe a recurrent layer."""
+
+    def __init__(self, recurrent):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(10, 4, sparse=True)
+        self.cell = nn.GRU(4, 4, batch_first=True) if recurrent else None
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.words(input_ids)
+        hidden = hidden if self.cell is None else self.cell(hidden)[0]
+        return {"logits": self.head(torch.tanh(hidden).sum(1))}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_sparse_gradients(recurrent, hooked):
+    """Hooks that wait for a gradient, as layer-wise optimizers have them, are not called."""
+    model = Looked(recurrent)
+    if hooked:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: 1 / 0)
+    batch = {"input_ids": torch.arange(18).reshape(6, 3) % 10, "labels": classes(6)}
+    with warnings.catch_warnings():
+        if recurrent:
+            warnings.simplefilter("ignore")
+        fisher = estimate_fisher(model, [batch], fisher_type="empirical")
+    twin = copy.deepcopy(model).double()
+    for parameter in twin.parameters():
+        parameter._post_accumulate_grad_hooks = None
+    rows = zip(batch["input_ids"], batch["labels"], strict=True)
+    scores = [twin(ids[None])["logits"][0].log_softmax(0)[label] for ids, label in rows]
+    oracle.assert_close(fisher.diagonal, mean(dense_scores(twin, scores), 6))
+
+
+def dense_scores(model, values):
+    for value in values:
+        parameters = dict(model.named_parameters())
+        gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
+        yield {n: g.to_dense() ** 2 for n, g in zip(parameters, gradients, strict=True)}
+
+
+class Ragged(nn.Module):
+    """Sequences of different lengths in one nested tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, labels=None):
+        nested = torch.nested.as_nested_tensor(list(x), layout=torch.jagged)
+        hidden = torch.tanh(self.inner(nested)).unbind()
+        return {"logits": self.head(torch.stack([row.sum(0) for row in hidden]))}
+
+
+def test_nested_tensors_are_run_one_by_one():
+    model = Ragged()
+    x = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning, match=r"inner.weight \(in linear\).*one by one"):
+        fisher = estimate_fisher(model, [{"x": x, "labels": classes(6)}], fisher_type="empirical")
+    hidden = torch.tanh(model.inner(x)).sum(1)
+    logp = model.head(hidden).log_softmax(-1)
+    scores = [row[label] for row, label in zip(logp, classes(6), strict=True)]
+    oracle.assert_close(fisher.diagonal, mean(squared_scores(model, scores), 6))
+
+
+class Scripted(nn.Module):
+    """A part in TorchScript, whose operations nobody sees."""
+
+    def __init__(self, script):
+        super().__init__()
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        self.inner = torch.jit.script(inner) if script else torch.jit.trace(inner, features())
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x, labels=None):
+        return {"logits": self.head(self.inner(x))}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("script", [True, False])
+def test_a_part_in_torchscript_is_run_one_by_one(script):
+    model, x = Scripted(script), features()
+    with pytest.warns(UserWarning, match=r"inner.0.weight.*one by one"):
+        fisher = estimate_fisher(model, [{"x": x, "labels": classes(6)}], fisher_type="empirical")
+    logp = model(x)["logits"].log_softmax(-1)
+    scores = [row[label] for row, label in zip(logp, classes(6), strict=True)]
+    oracle.assert_close(fisher.diagonal, mean(squared_scores(model, scores), 6))

@@ -135,8 +135,15 @@ def test_batches_are_kept_where_the_result_depends_on_them():
         estimate_fisher(Limited(3, "backward"), examples(), fisher_type="batched")
 
 
-def test_other_errors_of_a_backward_are_said_to_be_of_eval_mode():
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("use `model.train()` to put the model into training mode", "fails in eval mode.*train"),
+        ("relation is indeterminate", "backward of the log-likelihood fails with .*indeterminate"),
+    ],
+)
+def test_other_errors_of_a_backward_say_eval_mode_where_that_is_it(error, said):
     model = Limited(3, "backward")
-    model.error = RuntimeError("reversible layers need their seeds")
-    with pytest.raises(ValueError, match="backward fails in eval mode"):
+    model.error = RuntimeError(error)
+    with pytest.raises(ValueError, match=said):
         estimate_fisher(model, examples())

@@ -110,4 +110,5 @@ def _of_module(module: nn.Module) -> tuple[Any, ...]:
     )
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     own = vars(module).get("forward")
-    return type(module), type(module).forward, id(own), tuple(map(len, hooks)), plain
+    code = getattr(type(module), "forward", None)  # of TorchScript there is none to be had
+    return type(module), code, id(own), tuple(map(len, hooks)), plain

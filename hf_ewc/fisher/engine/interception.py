@@ -92,7 +92,8 @@ class Interception(TorchFunctionMode):
 
     def _run_covered(self, call: Call, used: list[Tensor]) -> Any:
         """By the handler, where there is one; as it is otherwise, the operation being noted."""
-        handler = find_handler(call)
+        ragged = any(tensor.is_nested for tensor in tensors_in((call.args, call.kwargs)))
+        handler = None if ragged else find_handler(call)
         if handler is not None:
             with contextlib.suppress(Uncovered):
                 return handler(self._tracker, call)

@@ -78,7 +78,7 @@ class OneByOne:
     def _after_accumulation(self, name: str) -> Callable[[Tensor], None]:
         def square(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                self._square(name, parameter.grad)
+                self._square(name, dense(parameter.grad))
                 parameter.grad = None
 
         return square
@@ -97,10 +97,17 @@ def before_capture(use: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
     """A hook that hands a gradient to `use`, so that autograd has none to keep until the end."""
 
     def hook(gradient: Tensor) -> Tensor:
-        use(gradient)
+        use(dense(gradient))
+        if gradient.layout == torch.sparse_coo:
+            return torch.zeros_like(gradient)
         return gradient.new_zeros(()).expand_as(gradient)
 
     return hook
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Written out, where it holds the rows of an embedding that were looked up alone."""
+    return gradient.to_dense() if gradient.layout == torch.sparse_coo else gradient
 
 
 class BatchGradient(OneByOne):

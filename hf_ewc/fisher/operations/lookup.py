@@ -64,9 +64,9 @@ def look_up(
 def _handle_embedding(tracker: Tracker, call: Call) -> Any:
     if call.func is not F.embedding:
         raise Uncovered
-    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
     options = {name: call.argument(i, name) for i, name in enumerate(names, start=2)}
-    if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
+    if options["max_norm"] is not None or options["scale_grad_by_freq"]:
         raise Uncovered
     indices, weight = call.argument(0, "input"), call.argument(1, "weight")
     padding = options["padding_idx"]
