@@ -204,6 +204,54 @@ def test_what_is_no_row_for_each_example_is_said(case):
         estimate_fisher(kind(), rows, fallback="error", **options)
 
 
+def taking_out(collate):
+    """`collate`, which takes the columns out of what it is given."""
+
+    def collated(rows):
+        own = [{name: row.pop(name) for name in list(row)} for row in rows]
+        return collate(own)
+
+    return collated
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("case", ["unequal at first", "lists of boxes"])
+def test_a_collator_that_takes_columns_out(case, fresh):
+    kind, rows, collate = CASES[case]
+    rows = [dict(row) for row in rows]
+    data = Fresh(rows) if fresh else rows
+    with pytest.warns(UserWarning, match="are not a row each"):
+        fisher = estimate_fisher(
+            kind(), data, data_collator=taking_out(collate), fisher_type="empirical", batch_size=4
+        )
+    oracle.assert_close(fisher.diagonal, by_hand(kind(), CASES[case][1], collate))
+    assert all(row.keys() == own.keys() for row, own in zip(rows, CASES[case][1], strict=True))
+
+
+class Fresh(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return dict(self.rows[index])
+
+
+def without_broken(rows):
+    return name_each([row for row in rows if row["x"] is not None])
+
+
+@pytest.mark.parametrize("broken", [{2}, {0}, {4, 5, 6, 7}])
+@pytest.mark.parametrize("size", [4, 1])
+def test_a_collator_that_leaves_examples_out(broken, size):
+    rows = [{**row, "x": None} if n in broken else row for n, row in enumerate(names())]
+    said = r"data_collator leaves out example.*Leave such examples out of the data"
+    with pytest.raises(ValueError, match=said):
+        estimate_fisher(Heads(), rows, data_collator=without_broken, batch_size=size)
+
+
 class Drawing:
     """A collator that draws at random, as one for masked language models does."""
 

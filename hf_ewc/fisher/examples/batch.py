@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -160,6 +161,17 @@ class Divided:
     because: str | None = None
 
 
+class Dropped(ValueError):
+    """A collator makes nothing of an example."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"The data_collator leaves out examples: of one alone it makes nothing, and fails as "
+            f"it does on none ({type(error).__name__}: {error!s:.200}). Needed is a row for each "
+            "example. Leave such examples out of the data, or give another data_collator."
+        )
+
+
 @dataclass(frozen=True)
 class Collating:
     """A collator that also says how its batch divides into the examples."""
@@ -168,19 +180,19 @@ class Collating:
 
     def __call__(self, examples: list[Any]) -> Divided:
         try:
-            batch = as_mapping(self.collator(examples))
+            batch = self._collated(examples)
         except (TypeError, ValueError, RuntimeError) as error:
             return self._one_by_one(examples, error)
         if len(examples) == 1:
             return Divided(batch)
         if _packs(batch, len(examples)):
-            return Divided(batch, alone=[as_mapping(self.collator([one])) for one in examples])
+            return Divided(batch, alone=self._each_alone(examples))
         layout = Layout.by_stacking(batch, examples)
         if layout is not None:
             return Divided(batch, layout)
         try:
             with same_random_numbers():
-                alone = [as_mapping(self.collator([one])) for one in examples]
+                alone = [self._collated([one]) for one in examples]
         except Exception:
             return Divided(batch)  # what it makes of one example cannot be known
         try:
@@ -188,16 +200,42 @@ class Collating:
         except Inseparable as reason:
             return Divided(batch, alone=alone, because=str(reason))
 
+    def _collated(self, examples: list[Any]) -> dict[str, Any]:
+        """Of copies: a collator may take columns out of examples, and is called again on them."""
+        return as_mapping(self.collator([_copied(one) for one in examples]))
+
+    def _each_alone(self, examples: list[Any]) -> list[dict[str, Any]]:
+        try:
+            return [self._collated([one]) for one in examples]
+        except Exception as error:
+            self._refuse_dropped(error)
+            raise
+
+    def _refuse_dropped(self, error: Exception) -> None:
+        """Where the collator fails on an example as it does on none at all."""
+        try:
+            self._collated([])
+        except Exception as of_none:
+            if type(of_none) is type(error) and str(of_none) == str(error):
+                raise Dropped(error) from error
+
     def _one_by_one(self, examples: list[Any], error: Exception) -> Divided:
         """Of a collator that can take one example at a time only."""
         if len(examples) == 1:
+            self._refuse_dropped(error)
             raise error
         try:
-            alone = [as_mapping(self.collator([one])) for one in examples]
+            alone = self._each_alone(examples)
+        except Dropped:
+            raise
         except Exception:
             raise error from None
         because = f"the data_collator fails on several ({type(error).__name__}: {error!s:.200})"
         return Divided({}, alone=alone, because=because)
+
+
+def _copied(example: Any) -> Any:
+    return copy.copy(example) if isinstance(example, (Mapping, list)) else example
 
 
 def numbered(divided: Divided, ids: list[int]) -> Iterator[ExampleBatch]:
