@@ -74,8 +74,75 @@ class Sized(nn.Module):
         return {"logits": self.head(torch.tanh(self.inner(x.reshape(size, -1))))}
 
 
+class Neighbours(nn.Module):
+    """Words of a graph that all examples have."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, 5), nn.Linear(5, 2)
+
+    def forward(self, ids, adjacency, labels=None):
+        words = self.words(ids)
+        return {"logits": self.head(torch.tanh(adjacency.to(words.dtype) @ words).mean(1))}
+
+
+class Nearest(nn.Module):
+    """Compares each example with a prototype of each class."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(3, 5)
+
+    def forward(self, x, prototypes, labels=None):
+        return {"logits": self.inner(x) @ self.inner(prototypes.to(x.dtype)).T}
+
+
+class MaskedTimeFirst(nn.Module):
+    """Takes (time, example)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, 5), nn.Linear(5, 2)
+
+    def forward(self, ids, mask, labels=None):
+        words = self.words(ids) * mask.unsqueeze(-1)
+        return {"logits": self.head(torch.tanh(words.cumsum(0)).mean(0))}
+
+
+class ExampleLast(nn.Module):
+    """Takes (feature, time, example)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x, labels=None):
+        return {"logits": self.head(torch.tanh(self.inner(x.movedim(-1, 0).mT)).mean(1))}
+
+
 def time_first(rows):
     return {**stacked(rows, "labels"), "x": torch.stack([row["x"] for row in rows], 1)}
+
+
+def masked_time_first(rows):
+    two = {name: torch.stack([row[name] for row in rows], 1) for name in ("ids", "mask")}
+    return {**stacked(rows, "labels"), **two}
+
+
+def example_last(rows):
+    return {**stacked(rows, "labels"), "x": torch.stack([row["x"] for row in rows], -1)}
+
+
+def with_neighbours(rows):
+    return {**stacked(rows, "ids", "labels"), "adjacency": randn(4, 4, seed=1)}
+
+
+def with_prototypes(rows):
+    return {**stacked(rows, "x", "labels"), "prototypes": randn(4, 3, seed=1)}
 
 
 def with_positions(rows):
@@ -112,6 +179,14 @@ CASES = {
     "bags": (Bags, rows_of(ids=lambda n: torch.arange(1 + n % 3) + n % 5), with_offsets),
     "bags alike": (Bags, rows_of(ids=lambda n: torch.arange(2) + n % 5), with_offsets),
     "their number": (Sized, rows_of(x=lambda n: randn(3, seed=n)), with_size),
+    "a matrix for all": (Neighbours, rows_of(ids=lambda n: torch.arange(4) + n), with_neighbours),
+    "a row for each class": (Nearest, rows_of(x=lambda n: randn(3, seed=n)), with_prototypes),
+    "a mask like its transpose": (
+        MaskedTimeFirst,
+        rows_of(ids=lambda n: torch.arange(4) * n % 7, mask=lambda n: torch.ones(4)),
+        masked_time_first,
+    ),
+    "examples last": (ExampleLast, rows_of(x=lambda n: randn(4, 5, seed=n)), example_last),
 }
 
 
@@ -125,6 +200,10 @@ REFUSED = {
     "bags": "ids has 7 rows for 4 examples",
     "bags alike": "What belongs to which example of a batch cannot be told from its sizes",
     "their number": "with the arguments x, labels, size",
+    "a matrix for all": "example 0, taken by its place, has other outputs alone",
+    "a row for each class": "example 0, taken by its place, has other outputs alone",
+    "a mask like its transpose": "What belongs to which example is told by the first axis",
+    "examples last": "example 0, taken by its place, fails alone with mat1",
 }
 
 
@@ -151,6 +230,45 @@ def test_batches_that_come_collated_are_refused(case):
     batches = [collate(rows[:4]), collate(rows[4:])]
     with pytest.raises(ValueError, match=REFUSED[case]):
         estimate_fisher(kind(), iter(batches), fisher_type="empirical")
+
+
+@pytest.mark.filterwarnings("ignore:The (examples|one-backward)")
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_batch_is_cut_off_only_where_its_examples_are_known(number):
+    kind, rows, collate = CASES["a matrix for all"]
+    batches = [collate(rows[:4]), collate(rows[4:])]
+    with pytest.raises(ValueError, match="example 0, taken by its place, has other outputs alone"):
+        estimate_fisher(kind(), iter(batches), num_samples=number, fisher_type="empirical")
+
+
+@pytest.mark.filterwarnings("ignore:The (examples|one-backward)")
+def test_labels_beyond_the_outputs_of_what_is_no_example_are_explained():
+    """Of two prototypes the label of the third is none."""
+    rows = [{"x": randn(3, seed=n), "labels": 3 - n % 4} for n in range(8)]
+    batches = [with_prototypes(rows[:4]), with_prototypes(rows[4:])]
+    with pytest.raises(ValueError, match="cannot be told from its sizes"):
+        estimate_fisher(Nearest(), iter(batches))
+    fisher = estimate_fisher(
+        Nearest(), rows, data_collator=with_prototypes, batch_size=4, fisher_type="empirical"
+    )
+    oracle.assert_close(fisher.diagonal, by_hand(Nearest(), rows, with_prototypes))
+
+
+def test_parts_of_a_batch_that_memory_has_no_room_for_are_taken_as_it_was_collated():
+    """Eight examples share a matrix of four rows; of four it could be theirs."""
+    _, rows, collate = CASES["a matrix for all"]
+    rows = rows * 2
+
+    class Narrow(Neighbours):
+        def forward(self, ids, adjacency, labels=None):
+            if len(ids) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().forward(ids, adjacency)
+
+    fisher = estimate_fisher(
+        Narrow(), rows, data_collator=collate, batch_size=8, fisher_type="empirical"
+    )
+    oracle.assert_close(fisher.diagonal, by_hand(Neighbours(), rows, collate))
 
 
 def test_labels_in_a_list_are_said_to_be():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from hf_ewc.fisher.engine.verification import (
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.examples.sources import Source
 from hf_ewc.fisher.examples.structure import structure_of
+from hf_ewc.fisher.memory import is_out_of_memory
 from hf_ewc.fisher.passes import Passes
 from hf_ewc.fisher.processes import Processes
 from hf_ewc.fisher.proofs import Mixed, Proofs
@@ -52,6 +53,7 @@ class Replicas:
         self._slow_type = OneByOne if one_by_one else BatchGradient
         self._slow: Engine | None = None
         self._added = False
+        self._confirmed: set[Hashable] = set()  # structures of batches that are a row each
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -97,10 +99,12 @@ class Replicas:
                     found = compare_with_alone(self._model, self._parameters, batch, passes, sketch)
             if found.wrong:
                 raise Mixed(found.wrong, sorted(set(found.wrong) & set(unproved)))
-        except Exception:
+        except Exception as error:
             for name, total in self._fast.totals().items():
                 total.copy_(before[name]) if self._added else total.zero_()
             self._fast.added_in_part = False
+            if not is_out_of_memory(error):
+                self._confirm(batch, passes)
             raise
         return found
 
@@ -109,10 +113,17 @@ class Replicas:
             self._slow = self._slow_type(self._model, self._parameters, self._fast.totals())
         if batch is None:
             return
-        if batch.doubtful:
-            require_apart(batch, passes.outputs)
+        self._confirm(batch, passes)
         self._slow.add(batch, passes)
         self._added = True
+
+    def _confirm(self, batch: ExampleBatch, passes: Passes) -> None:
+        """Refuse to take out of a batch what may be no example; once for those alike, if plain."""
+        structure = structure_of(batch.inputs, len(batch))
+        known = self._slow_type is BatchGradient or structure in self._confirmed
+        if batch.doubtful or (batch.unconfirmed and not known):
+            require_apart(batch, passes.outputs)
+            self._confirmed.add(structure)
 
     def undo(self) -> bool:
         if self._fast.added_in_part and self._added:

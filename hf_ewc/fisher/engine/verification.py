@@ -141,10 +141,21 @@ def compare_with_alone(
 def require_apart(batch: ExampleBatch, outputs: Outputs) -> None:
     """Hold each example, taken out of the batch and run alone, to what it was among the others.
 
+    Not where the model takes one example at a time only, unless what is whose is doubtful. Of a
+    batch that was cut off, it is all that there was.
+
     Raises:
         ValueError: one is another, so that what was taken out was not it.
     """
-    whole = outputs(batch)
+    batch = batch.cut_from or batch
+    try:
+        whole = outputs(batch)
+    except Exception as error:
+        if batch.doubtful or is_out_of_memory(error):
+            raise
+        return
+    if len(whole) != len(batch):
+        raise _inseparable(batch, 0, f"is one of {len(whole)} in the model's outputs")
     for n in range(len(batch)):
         try:
             alone = outputs(batch.only([n]))
@@ -158,8 +169,9 @@ def require_apart(batch: ExampleBatch, outputs: Outputs) -> None:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     share = 0.05 if one.element_size() < 4 or torch.is_autocast_enabled(one.device.type) else 1e-4
-    largest = other.abs().max() if other.numel() else torch.zeros(())
-    return bool(((one - other).abs() <= share * largest).all())
+    finite = other.abs().nan_to_num(posinf=0.0)
+    largest = finite.max() if other.numel() else torch.zeros(())
+    return bool(((one == other) | ((one - other).abs() <= share * largest)).all())
 
 
 def _inseparable(batch: ExampleBatch, n: int, what: str) -> ValueError:

@@ -31,6 +31,7 @@ class ExampleBatch:
         padding: how many examples, the last ones, repeat others and count nothing.
         known_layout: how the inputs divide, where that is known; by their sizes if None.
         apart_because: why these examples could not be collated into one batch with others.
+        cut_from: the batch that came collated and of which these were wanted alone.
     """
 
     inputs: dict[str, Any]
@@ -38,13 +39,15 @@ class ExampleBatch:
     padding: int = 0
     known_layout: Layout | None = None
     apart_because: str | None = None
+    cut_from: ExampleBatch | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device) -> ExampleBatch:
         moved = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.inputs)
-        return replace(self, inputs=moved)
+        whole = None if self.cut_from is None else self.cut_from.to(device)
+        return replace(self, inputs=moved, cut_from=whole)
 
     @cached_property
     def layout(self) -> Layout | Inseparable:
@@ -65,6 +68,13 @@ class ExampleBatch:
     def doubtful(self) -> bool:
         """Whether what belongs to which example is a guess that could mislead."""
         return len(self) > 1 and isinstance(self.layout, Layout) and self.layout.doubtful
+
+    @property
+    def unconfirmed(self) -> bool:
+        """Whether sizes that could be meant otherwise say what belongs to which example."""
+        if self.cut_from is not None:
+            return self.cut_from.unconfirmed
+        return len(self) > 1 and isinstance(self.layout, Layout) and self.layout.unconfirmed
 
     @property
     def uneven(self) -> str | None:
@@ -94,7 +104,8 @@ class ExampleBatch:
                 "(fisher_batch_size=1), give a data set of examples with its data_collator, or "
                 "batches of one example."
             )
-        return ExampleBatch(self.layout.take(self.inputs, examples), ids)
+        taken = self.layout.take(self.inputs, examples)
+        return ExampleBatch(taken, ids, known_layout=self.layout.only(examples))
 
     def pair(self) -> ExampleBatch | None:
         """The two examples with the most labels; None where none has any."""
@@ -188,13 +199,17 @@ class Collating:
         if _packs(batch, len(examples)):
             return Divided(batch, alone=self._each_alone(examples))
         layout = Layout.by_stacking(batch, examples)
-        if layout is not None:
+        if layout is not None and not layout.unconfirmed:
             return Divided(batch, layout)
         try:
             with same_random_numbers():
-                alone = [self._collated([one]) for one in examples]
+                first = self._collated(examples[:1])
+                if layout is not None and layout.confirmed_by(batch, first):
+                    return Divided(batch, replace(layout, unconfirmed=False))
+                others = [self._collated([one]) for one in examples[1:]]
         except Exception:
             return Divided(batch)  # what it makes of one example cannot be known
+        alone = [first, *others]
         try:
             return Divided(batch, Layout.by_examples(batch, alone))
         except Inseparable as reason:
@@ -290,7 +305,7 @@ def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[E
         size = batch_length(inputs)
         batch = ExampleBatch(inputs, list(range(seen, seen + size)))
         if num_samples is not None and seen + size > num_samples:
-            batch = batch.part(0, num_samples - seen)
+            batch = replace(batch.part(0, num_samples - seen), cut_from=batch)
         if len(batch):
             yield batch
         seen += size

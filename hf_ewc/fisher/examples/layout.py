@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,12 @@ class Layout:
     Args:
         shares: by the input's name.
         doubtful: whether sizes alone have said it, and these could mislead.
+        unconfirmed: whether sizes alone have said it, and the same could be meant otherwise.
     """
 
     shares: Mapping[str, Share]
     doubtful: bool = False
+    unconfirmed: bool = False
 
     @classmethod
     def by_size(cls, inputs: Mapping[str, Any], size: int) -> Layout:
@@ -72,7 +74,8 @@ class Layout:
             Inseparable: something has another first axis.
         """
         shares = {name: _by_size(value, size, name) for name, value in inputs.items()}
-        return cls(shares, _could_mislead(inputs, size))
+        doubtful = _could_mislead(inputs, size)
+        return cls(shares, doubtful, doubtful or _has_another_meaning(inputs, size))
 
     @classmethod
     def by_examples(cls, inputs: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]) -> Layout:
@@ -93,24 +96,43 @@ class Layout:
 
     @classmethod
     def by_stacking(cls, inputs: Mapping[str, Any], examples: Sequence[Any]) -> Layout | None:
-        """Where every input is plainly the examples' own of that name, stacked; else None."""
+        """Where every input is the examples' own of that name, stacked, or may be; else None.
+
+        It may be where a collator has added what is as large as something of theirs (a mask), and
+        where another axis is as long as the batch: that is unconfirmed.
+        """
         stacked: dict[str, tuple[int, ...]] = {}
         for name, value in inputs.items():
             if not isinstance(value, Tensor) or value.shape[:1] != (len(examples),):
                 return None
             if _is_stack(name, value, examples):
                 stacked[name] = tuple(value.shape)
-        masks = {name for name, v in inputs.items() if v.dim() == 2} - stacked.keys()
-        if stacked.keys() | masks != inputs.keys():
-            return None
-        if any(tuple(inputs[name].shape) not in stacked.values() for name in masks):
+        added = [value for name, value in inputs.items() if name not in stacked]
+        if any(v.dim() != 2 or tuple(v.shape) not in stacked.values() for v in added):
             return None
         row_each = Rows((1,) * len(examples))
-        return cls(dict.fromkeys(inputs, row_each))
+        another_axis = any(len(examples) in value.shape[1:] for value in inputs.values())
+        return cls(dict.fromkeys(inputs, row_each), unconfirmed=bool(added) or another_axis)
+
+    def confirmed_by(self, inputs: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
+        """Whether an example alone has one row of everything in the batch, and nothing else."""
+        return inputs.keys() == alone.keys() and all(
+            isinstance(one, Tensor) and one.dim() == inputs[name].dim() and len(one) == 1
+            for name, one in alone.items()
+        )
 
     def take(self, inputs: Mapping[str, Any], examples: Sequence[int]) -> dict[str, Any]:
         """The inputs of these examples."""
         return _take_items(inputs, self.shares, examples)
+
+    def only(self, examples: Sequence[int]) -> Layout:
+        """That of what `take` makes for these examples."""
+        shares = {
+            name: _share_of(share, examples)
+            for name, share in self.shares.items()
+            if not _is_left_out(share, examples)
+        }
+        return replace(self, shares=shares)
 
     def uneven(self, inputs: Mapping[str, Any]) -> str | None:
         """What has not the same number of rows for each example; None where all do."""
@@ -262,22 +284,14 @@ def _listed(counts: Sequence[int]) -> str:
 
 
 def _is_stack(name: str, value: Tensor, examples: Sequence[Any]) -> bool:
-    for n, example in enumerate(examples):
+    names = (name, *_OTHER_NAMES.get(name, ()))
+    for example in examples:
         if not isinstance(example, Mapping):
             return False
-        names = (name, *_OTHER_NAMES.get(name, ()))
         own = next((example[n] for n in names if n in example), _MISSING)
-        if _axes(own) != value.dim() - 1 or _is_second(value, own, n):
+        if _axes(own) != value.dim() - 1:
             return False
     return True
-
-
-def _is_second(value: Tensor, own: Any, n: int) -> bool:
-    """Whether an example lies along the second axis of what has as many rows as columns."""
-    if value.dim() < 2 or value.shape[0] != value.shape[1]:
-        return False
-    own = torch.as_tensor(own)
-    return not _same(value[n], own) and _same(value[:, n], own)
 
 
 def _axes(value: Any) -> int | None:
@@ -315,6 +329,23 @@ def _could_mislead(inputs: Mapping[str, Any], size: int) -> bool:
         if second not in labels and not (name.endswith("mask") and second in masked)
     }
     return len(kinds) > 1
+
+
+def _has_another_meaning(inputs: Mapping[str, Any], size: int) -> bool:
+    """Whether a row for each example is one of several meanings of these sizes.
+
+    So it is with labels for positions, which may stand time first; where another axis is as long
+    as the batch; where all examples may share what has as many rows, or lie in a single row.
+    """
+    others = 0
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        of_labels = name in LABEL_NAMES
+        if value.dim() > 1 and (of_labels or value.shape[0] == 1 or size in value.shape[1:]):
+            return True
+        others += not of_labels and value.shape[0] == size
+    return others > 1
 
 
 def _leaves(value: Any, share: Share, path: str) -> Iterator[tuple[str, Any, Share]]:
@@ -368,6 +399,18 @@ def _take_items(
         for name, item in value.items()
         if not _is_left_out(shares[name], examples)
     }
+
+
+def _share_of(share: Share, examples: Sequence[int]) -> Share:
+    if isinstance(share, Rows):
+        return replace(share, counts=tuple(share.counts[n] for n in examples))
+    if isinstance(share, Mapping):
+        return {
+            name: _share_of(inner, examples)
+            for name, inner in share.items()
+            if not _is_left_out(inner, examples)
+        }
+    return [_share_of(inner, examples) for inner in share] if isinstance(share, list) else share
 
 
 def _is_left_out(share: Share, examples: Sequence[int]) -> bool:

@@ -138,7 +138,7 @@ class InStep:
                     self._run_everywhere(other.to(self._device), passes)
 
     def _run_everywhere(self, batch: ExampleBatch, passes: Passes) -> None:
-        if batch.doubtful:
+        if batch.unconfirmed:
             require_apart(batch, passes.outputs)
             sharding.release(self._model)
         self._slow.add(batch, self._aligned(passes))
