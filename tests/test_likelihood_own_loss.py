@@ -134,6 +134,24 @@ def weighted(logits, labels):
     )
 
 
+def of_each(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def weighted_each(logits, labels):
+    weights = torch.tensor([1.0, 3.0, 2.0], dtype=logits.dtype)
+    return F.cross_entropy(logits, labels, weights, reduction="none")
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+def test_a_loss_of_each_example(fisher_type):
+    batch, model = {"x": features(EXAMPLES), "labels": LABELS}, Own(3, of_each)
+    terms = softmax if fisher_type == "empirical" else softmax_expected
+    assert_close(fisher(model, batch, fisher_type).diagonal, loop(model, batch, terms))
+    with pytest.raises(ValueError, match="not the cross-entropy"):
+        fisher(Own(3, weighted_each), batch, fisher_type)
+
+
 def by_position(logits, labels):
     weights = torch.linspace(0.5, 2.0, labels.numel())
     losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")

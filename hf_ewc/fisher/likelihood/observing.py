@@ -109,7 +109,7 @@ class Observer:
                 with self._parts.repeated():
                     outputs = self._forward.with_labels(batch)
             self._first = self._first or outputs
-            loss = math.nan if outputs.loss is None else float(outputs.loss)
+            loss = math.nan if outputs.loss is None else float(outputs.loss.mean())
             found.append(Observation(batch, outputs, loss))
         return found
 
