@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as t
 from architectures import DECODER, SMALL, build, classes, language
+from fishers import Classifier, features, mean, squared_scores
 from torch import nn
 
 from hf_ewc import estimate_fisher
@@ -104,3 +105,39 @@ def test_heads_that_are_not_known_are_refused():
     two_heads = t.BertForPreTraining(t.BertConfig(**SMALL))
     with pytest.raises(ValueError, match="holds next_sentence_label besides"):
         empirical(two_heads, {**language(3), "next_sentence_label": classes(3, 2)})
+
+
+class Labelled(Classifier):
+    """Inputs and labels whose names speak of labels."""
+
+    def forward(self, x, labels=None, label_mask=None, label_intent=None, labels_2=None):
+        x = x if label_mask is None else x * label_mask[:, None]
+        x = x if labels_2 is None else x + labels_2[:, None]
+        logits = super().forward(x)["logits"]
+        if labels is None:
+            return {"logits": logits}
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        if label_intent is not None:
+            loss = loss + torch.nn.functional.cross_entropy(logits, label_intent)
+        return {"loss": loss, "logits": logits}
+
+
+def test_an_input_may_speak_of_labels():
+    batch = {"x": features(), "labels": classes(6)}
+    mask = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 3.0])
+    found = empirical(Labelled(3), {**batch, "label_mask": mask})
+    masked = {**batch, "x": features() * mask[:, None]}
+    model = Labelled(3)
+    logp = model(masked["x"])["logits"].log_softmax(-1)
+    expected = mean(
+        squared_scores(model, [row[y] for row, y in zip(logp, classes(6), strict=True)]), 6
+    )
+    oracle.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["label_intent", "labels_2", "label_weights"])
+def test_further_labels_are_refused(name):
+    """What changes the loss alone, what is named as labels are, and what the forward has not."""
+    batch = {"x": features(), "labels": classes(6), name: classes(6)}
+    with pytest.raises(ValueError, match=f"holds {name} besides"):
+        empirical(Labelled(3), batch)

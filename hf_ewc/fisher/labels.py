@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,13 +38,21 @@ def labels_in(batch: Batch) -> Tensor:
     return labels
 
 
-def refuse_further_labels(batch: Batch) -> None:
-    further = [name for name in batch if "label" in name and name not in LABEL_NAMES]
-    if further:
-        raise ValueError(
-            f"The data holds {', '.join(further)} besides its labels: a likelihood of several "
-            f"heads is not known here. Leave them out, or {USE_LOG_LIKELIHOOD}."
-        )
+def further_labels(batch: Batch) -> list[str]:
+    """What may be labels besides those that are known, by its name."""
+    return [name for name in batch if "label" in name and name not in LABEL_NAMES]
+
+
+def named_as_labels(name: str) -> bool:
+    """Whether a name says nothing but labels: `next_sentence_label`, `labels_2`."""
+    return re.search(r"labels?(_?\d+|_ids?)?$", name) is not None
+
+
+def several_heads(names: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"The data holds {', '.join(names)} besides its labels: a likelihood of several heads is "
+        f"not known here. Leave them out, or {USE_LOG_LIKELIHOOD}."
+    )
 
 
 def require_labels(batch: Batch) -> None:

@@ -127,6 +127,10 @@ class Forward:
             return self._takes("start_positions")
         return self._takes("labels") or name in self._parameters
 
+    def names(self, name: str) -> bool:
+        """Whether the forward's signature has an argument of that name."""
+        return name in self._parameters
+
     def follow(self, batch: Batch, labelled: Outputs) -> None:
         """Run the model from now on in the first way that does what the labelled forward did."""
         for way in ("prepared", "without"):

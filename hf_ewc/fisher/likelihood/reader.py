@@ -9,10 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_ewc.fisher.examples.batch import ExampleBatch
-from hf_ewc.fisher.labels import IGNORED, Batch, label_name, refuse_further_labels
+from hf_ewc.fisher.labels import (
+    IGNORED,
+    Batch,
+    further_labels,
+    label_name,
+    named_as_labels,
+    several_heads,
+)
 from hf_ewc.fisher.likelihood import choosing, refusals
 from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs, same_scores
@@ -22,6 +29,7 @@ from hf_ewc.fisher.likelihood.own_loss import Observation, StatedLoss
 from hf_ewc.fisher.likelihood.parts import Parts
 from hf_ewc.fisher.likelihood.readings import Reading
 from hf_ewc.fisher.likelihood.slices import unseen
+from hf_ewc.fisher.memory import is_out_of_memory
 from hf_ewc.fisher.unwatched import unwatched
 from hf_ewc.processes import is_main_process
 
@@ -56,6 +64,7 @@ class LabelReader:
         self._in_full = in_full
         self._waiting: ExampleBatch | None = None
         # As it is set before any forward: those of `transformers` write down what they take.
+        self._inputs: set[str] = set()  # whose names say "label", and which are none
         self._problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         self._reading: Reading | None = None
         self._stated = stated
@@ -74,13 +83,39 @@ class LabelReader:
                 is known here.
         """
         inputs = batch.inputs
-        refuse_further_labels(inputs)
+        self._refuse_further_labels(inputs)
         self._listen()
         if self._reading is None and has_labels(inputs) and self._forward.takes_labels(inputs):
             if self._can_wait(batch):
                 self._waiting = batch
             else:
                 self._settle_on_few(batch)
+
+    def _refuse_further_labels(self, batch: Batch) -> None:
+        names = [name for name in further_labels(batch) if name not in self._inputs]
+        self._inputs |= {name for name in names if self._is_input(name, batch)}
+        if found := [name for name in names if name not in self._inputs]:
+            raise several_heads(found)
+
+    def _is_input(self, name: str, batch: Batch) -> bool:
+        """Whether the outputs depend on what has no name of labels, such as `label_mask`.
+
+        What only the loss depends on may be a second head's labels.
+        """
+        value = batch[name]
+        if named_as_labels(name) or not isinstance(value, Tensor):
+            return False
+        if not self._forward.names(name):
+            return False
+        other = torch.zeros_like(value) if bool(value.any()) else torch.ones_like(value)
+        try:
+            with torch.no_grad(), unwatched():
+                own, changed = self._forward(batch), self._forward({**batch, name: other})
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        return not same_scores(changed, own)
 
     def _listen(self) -> None:
         """Find the reading that the stated losses tell, if there are any, and say if they do not.
@@ -127,6 +162,7 @@ class LabelReader:
         """The outputs of a batch, after these have said what they mean, or those of a few have."""
         with self._parts.noted():
             outputs = self._forward(batch.inputs)
+        refusal: ValueError | None = None
         with unwatched():
             observer = Observer(self._forward, batch.inputs, self._parts, known=True)
             observed = observer.observe(_TURNS)
