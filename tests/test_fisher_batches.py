@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import fisher_oracle as oracle
 import pytest
@@ -361,12 +362,26 @@ def test_a_proof_holds_for_batches_alike_and_is_remembered(proofs):
         lambda model: setattr(model, "forward", lambda *a, **k: Sometimes.forward(model, *a, **k)),
         lambda model: model.inner.register_forward_hook(lambda module, args, output: output * 2),
         lambda model: setattr(model, "scale", 2.0),
+        lambda model: setattr(model.modes, "time_first", True),
+        lambda model: model.axes.append(0),
+        lambda model: model.switch.fill_(1),
         lambda model: model.late.requires_grad_(False),
     ],
-    ids=["a head", "a forward", "a hook", "an attribute", "a frozen layer"],
+    ids=[
+        "a head",
+        "a forward",
+        "a hook",
+        "an attribute",
+        "a namespace",
+        "a list",
+        "a tensor",
+        "a frozen layer",
+    ],
 )
 def test_a_model_that_has_changed_is_proved_anew(change, proofs):
     model = Sometimes()
+    model.modes, model.axes = SimpleNamespace(time_first=False), []
+    model.switch = torch.tensor(0)
     estimate_fisher(model, iter([batch_of(4, 1)]))
     change(model)
     estimate_fisher(model, iter([batch_of(4, 1)]))

@@ -1,7 +1,7 @@
 """What has been proved of a model: for which batches the one-backward engine keeps examples apart.
 
 A proof is remembered for as long as the model lives, by all that a forward depends on but the
-values of weights and inputs: its modules, their code, hooks and plain attributes, configurations,
+values of weights and inputs: its modules, their code, hooks and attributes, configurations,
 the parameters that are estimated, and autocast.
 """
 
@@ -21,6 +21,10 @@ from hf_ewc.parameters.sharding import local_part
 
 # How often parameters that had no gradient when a proof was made are looked at again.
 _LATER_PROOFS = 3
+# What every module has: its parameters, buffers, modules and hooks are looked at by themselves.
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+# Attributes are looked at so deep, and tensors among them of up to so many numbers.
+_DEEPEST, _SHORT = 3, 16
 
 
 class Mixed(Exception):
@@ -103,12 +107,30 @@ def _described(value: Any) -> Hashable:
 
 
 def _of_module(module: nn.Module) -> tuple[Any, ...]:
-    plain = tuple(
-        (name, value)
+    attributes = tuple(
+        (name, _of_attribute(value))
         for name, value in vars(module).items()
-        if isinstance(value, PLAIN) and name != "training"
+        if name not in _OF_ANY_MODULE and name not in ("training", "config")
     )
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     own = vars(module).get("forward")
     code = getattr(type(module), "forward", None)  # of TorchScript there is none to be had
-    return type(module), code, id(own), tuple(map(len, hooks)), plain
+    return type(module), code, id(own), tuple(map(len, hooks)), attributes
+
+
+def _of_attribute(value: Any, depth: int = _DEEPEST) -> Hashable:
+    """What an attribute says of a mode: of a short tensor its numbers, of others their types."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        numbers = () if value.is_meta or value.numel() > _SHORT else tuple(value.flatten().tolist())
+        return str(value.dtype), tuple(value.shape), numbers
+    if depth == 0 or callable(value):
+        return type(value), id(value)
+    if isinstance(value, Mapping):
+        return tuple((str(key), _of_attribute(item, depth - 1)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_of_attribute(item, depth - 1) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(map(str, value)))
+    return type(value), _of_attribute(getattr(value, "__dict__", str(value)), depth - 1)
