@@ -240,6 +240,23 @@ def test_decoder_inputs_that_do_not_come_from_labels(kind):
     else:
         labels = classes(3)
     check(model, {**batch, "labels": labels}, labelled)
+def test_answers_in_a_tuple():
+    batch = {**tokens(3), "start_positions": classes(3), "end_positions": classes(3) + 1}
+    named = made(t.BertForQuestionAnswering, t.BertConfig(**SMALL))
+    model = made(t.BertForQuestionAnswering, t.BertConfig(**SMALL))
+    model.config.return_dict = False
+    assert isinstance(model(**batch), tuple)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = estimate_fisher(model, [batch], fisher_type="empirical")
+    assert_close(found.diagonal, by_its_own_loss(named, batch, lambda one: 2))  # a mean of two
+    config = t.XLNetConfig(vocab_size=23, d_model=8, n_layer=1, n_head=2, d_inner=12)
+    model = made(t.XLNetForQuestionAnswering, config)
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="no 'logits'"):
+        estimate_fisher(model, [batch])
+
+
 
 
 def test_a_forward_that_needs_its_labels():

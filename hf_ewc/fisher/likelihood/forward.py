@@ -118,7 +118,7 @@ class Forward:
             inputs[place] = labels if labels.is_floating_point() else labels.long()
         with _CTCCalls() as calls, without_auxiliary_terms(self._model):
             values = self._model(**inputs)
-        return Outputs(values, calls.last)
+        return Outputs(_named(values, batch), calls.last)
 
     def takes_labels(self, batch: Batch) -> bool:
         """Whether the model's forward has a place for the labels of a batch."""
@@ -172,7 +172,7 @@ class Forward:
         if way == "prepared":
             prepare: Any = self._model.prepare_decoder_input_ids_from_labels
             inputs["decoder_input_ids"] = prepare(labels=batch["labels"])
-        return Outputs(self._model(**inputs))
+        return Outputs(_named(self._model(**inputs), batch))
 
     def _reproduces(self, way: str, batch: Batch, labelled: Outputs) -> bool:
         try:
@@ -197,6 +197,22 @@ def same_scores(one: Outputs, other: Outputs) -> bool:
     pairs = list(zip(one.scores, other.scores, strict=False))
     with torch.no_grad(), unseen():
         return bool(pairs) and all(close(a.detach(), b.detach()) for a, b in pairs)
+
+
+def _named(values: Any, batch: Batch) -> Any:
+    """The outputs of a head that answers questions by name, also where they come as a tuple."""
+    if not isinstance(values, (tuple, list)) or label_name(batch) is not None:
+        return values
+    if "start_positions" not in batch or not all(isinstance(v, Tensor) for v in values[:1]):
+        return values
+    loss = {"loss": values[0]} if values and values[0].dim() == 0 else {}
+    sides = values[len(loss) : len(loss) + 2]
+    if len(sides) < 2 or not all(isinstance(v, Tensor) and v.is_floating_point() for v in sides):
+        return values
+    start, end = sides
+    if start.dim() != 2 or start.shape != end.shape:
+        return values
+    return {**loss, "start_logits": start, "end_logits": end}
 
 
 def _without_labels(batch: Batch) -> Batch:
