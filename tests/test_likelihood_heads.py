@@ -161,6 +161,27 @@ def test_ctc_draws_label_sequences_from_the_model():
     assert estimate_fisher(model, [batch]).fisher_type == "sampled"
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_ctc_labels_that_cannot_be_aligned(zero):
+    """They count in no loss with `ctc_zero_infinity`, and in no draw of labels."""
+    model = made(t.Wav2Vec2ForCTC, t.Wav2Vec2Config(**SPEECH, ctc_zero_infinity=zero))
+    frames = model(**waves()).logits.shape[1]
+    labels = torch.full((3, frames), -100)
+    labels[:, 0] = 5
+    labels[1] = 4
+    batch = {**waves(), "labels": labels}
+    if not zero:
+        with pytest.raises(ValueError, match=r"inf .*more labels.*ctc_zero_infinity"):
+            estimate_fisher(model, [batch], fisher_type="sampled")
+        return
+    with pytest.raises(ValueError, match=rf"The {frames} labels .* its \d frames.*'sampled'"):
+        estimate_fisher(model, [batch], fisher_type="empirical")
+    found = estimate_fisher(model, [batch], fisher_type="sampled")
+    possible = {**batch, "labels": labels[:1].expand(3, -1)}
+    expected = estimate_fisher(model, [possible], fisher_type="sampled")
+    assert_close(found.diagonal, {n: v.double() for n, v in expected.diagonal.items()})
+
+
 def test_classes_of_frames():
     model = made(t.Wav2Vec2ForAudioFrameClassification, t.Wav2Vec2Config(**SPEECH, num_labels=3))
     batch = waves()
@@ -191,6 +212,18 @@ def test_classes_of_pixels():
     check(segformer(num_labels=1), pixels(2), lambda one: one["labels"].numel())
 
 
+@pytest.mark.parametrize("ignored", [0, -1])
+def test_another_label_for_pixels_that_are_left_out(ignored):
+    model, batch = segformer(num_labels=3, semantic_loss_ignore_index=ignored), pixels(3, ignored)
+    batch["labels"][:, 3:6] = ignored
+    said = rf"ignore_index is {ignored}.*model.config.semantic_loss_ignore_index = -100"
+    with pytest.raises(ValueError, match=said):
+        estimate_fisher(model, [batch])
+    model.config.semantic_loss_ignore_index = -100
+    labels = batch["labels"].masked_fill(batch["labels"] == ignored, -100)
+    check(model, {**batch, "labels": labels}, labelled)
+
+
 def test_contrasts_are_refused_and_why():
     vision = dict(SMALL, image_size=8, patch_size=4)
     model = made(t.CLIPModel, t.CLIPConfig(vision_config=vision, text_config=dict(SMALL)))
@@ -204,6 +237,23 @@ def test_answers_by_a_beam_are_refused_and_why():
     model = made(t.XLNetForQuestionAnswering, config)
     batch = {**tokens(3), "start_positions": classes(3), "end_positions": classes(3) + 1}
     with pytest.raises(ValueError, match=r"beam.*log_likelihood"):
+        estimate_fisher(model, [batch])
+
+
+def test_answers_in_a_tuple():
+    batch = {**tokens(3), "start_positions": classes(3), "end_positions": classes(3) + 1}
+    named = made(t.BertForQuestionAnswering, t.BertConfig(**SMALL))
+    model = made(t.BertForQuestionAnswering, t.BertConfig(**SMALL))
+    model.config.return_dict = False
+    assert isinstance(model(**batch), tuple)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = estimate_fisher(model, [batch], fisher_type="empirical")
+    assert_close(found.diagonal, by_its_own_loss(named, batch, lambda one: 2))  # a mean of two
+    config = t.XLNetConfig(vocab_size=23, d_model=8, n_layer=1, n_head=2, d_inner=12)
+    model = made(t.XLNetForQuestionAnswering, config)
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="no 'logits'"):
         estimate_fisher(model, [batch])
 
 
@@ -240,23 +290,6 @@ def test_decoder_inputs_that_do_not_come_from_labels(kind):
     else:
         labels = classes(3)
     check(model, {**batch, "labels": labels}, labelled)
-def test_answers_in_a_tuple():
-    batch = {**tokens(3), "start_positions": classes(3), "end_positions": classes(3) + 1}
-    named = made(t.BertForQuestionAnswering, t.BertConfig(**SMALL))
-    model = made(t.BertForQuestionAnswering, t.BertConfig(**SMALL))
-    model.config.return_dict = False
-    assert isinstance(model(**batch), tuple)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = estimate_fisher(model, [batch], fisher_type="empirical")
-    assert_close(found.diagonal, by_its_own_loss(named, batch, lambda one: 2))  # a mean of two
-    config = t.XLNetConfig(vocab_size=23, d_model=8, n_layer=1, n_head=2, d_inner=12)
-    model = made(t.XLNetForQuestionAnswering, config)
-    model.config.return_dict = False
-    with pytest.raises(ValueError, match="no 'logits'"):
-        estimate_fisher(model, [batch])
-
-
 
 
 def test_a_forward_that_needs_its_labels():

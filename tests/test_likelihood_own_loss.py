@@ -186,7 +186,29 @@ def margin(logits, labels):
 def test_another_loss_is_refused(loss, sequence):
     shape = (EXAMPLES, 4) if sequence else (EXAMPLES,)
     labels = (torch.arange(math.prod(shape)) * 7 // 2 % 3).view(shape)
+    batch = {"x": features(*shape), "labels": labels}
+    with pytest.raises(ValueError, match=r"not the cross-entropy.*\. Pass log_likelihood"):
+        estimate_fisher(Own(3, loss), [batch])
     with pytest.raises(ValueError, match=r"not the cross-entropy.*problem_type.*log_likelihood"):
+        estimate_fisher(Own(3, loss, config="single_label_classification"), [batch])
+
+
+@pytest.mark.parametrize("first", [1, 0])
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("ignored", [-1, 2])
+def test_another_ignore_index_is_named(ignored, sequence, first):
+    """Also where the first examples have nothing else."""
+
+    def loss(logits, labels):
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+        return F.cross_entropy(logits, labels, ignore_index=ignored)
+
+    shape = (EXAMPLES, 4) if sequence else (EXAMPLES,)
+    labels = (torch.arange(math.prod(shape)) * 7 // 2 % 3).view(shape)
+    labels.view(-1)[0] = first
+    labels = torch.where(labels == 0, ignored, labels)
+    said = rf"ignore_index is {ignored}.*Put -100.*ignore_index=-100 in the loss; or pass"
+    with pytest.raises(ValueError, match=said):
         estimate_fisher(Own(3, loss), [{"x": features(*shape), "labels": labels}])
 
 
@@ -472,5 +494,5 @@ def test_labels_that_a_loss_leaves_out_are_seen_wherever_they_stand(order, class
         ids = torch.randint(1, classes, (4,), generator=torch.Generator().manual_seed(i))
         ids[4 if i < 2 else 1 :] = 0
         rows.append({"input_ids": ids, "labels": ids.clone()})
-    with pytest.raises(ValueError, match="is not the cross-entropy of its logits"):
+    with pytest.raises(ValueError, match=r"cross-entropy of its logits but .* ignore_index is 0"):
         estimate_fisher(Tagger(), rows[::order], fisher_type="empirical")

@@ -52,7 +52,11 @@ class Alignments(Distribution):
         return sys.maxsize
 
     def empirical(self) -> Tensor:
-        return self._log_probabilities(self.labels).sum()
+        log_p = self._log_probabilities(self.labels)
+        impossible = log_p.isinf().nonzero().flatten().tolist()
+        if impossible:
+            raise self._not_aligned(impossible[0])
+        return log_p.sum()
 
     def sampled(self, choices: Choices) -> Tensor:
         """A path drawn frame by frame, collapsed, is a draw from p(y | x)."""
@@ -87,9 +91,25 @@ class Alignments(Distribution):
         )
 
     def losses(self) -> list[Tensor]:
-        """Also the mean over examples of −log p divided by the number of labels."""
+        """Also the mean over examples of −log p divided by the number of labels.
+
+        Of labels that cannot be aligned it is taken for 0, as with `zero_infinity`; without that a
+        loss is infinite and says nothing.
+        """
+        losses = -self._log_probabilities(self.labels)
+        losses = losses.masked_fill(losses.isinf(), 0.0)
         lengths = (self.labels != IGNORED).sum(1).clamp_min(1)
-        return [*super().losses(), (-self._log_probabilities(self.labels) / lengths).mean()]
+        counts = (self.num_labels, self.num_positions, 1)
+        return [*(losses.sum() / max(count, 1) for count in counts), (losses / lengths).mean()]
+
+    def _not_aligned(self, example: int) -> ValueError:
+        count = int((self.labels[example] != IGNORED).sum())
+        return ValueError(
+            f"The {count} labels of an example cannot be aligned with its "
+            f"{int(self.frames[example])} frames: CTC needs one for each label, and one between "
+            "two that are equal. So their probability is 0, and they have no Fisher. Leave such "
+            "examples out of the data, or take fisher_type='sampled', whose labels are drawn."
+        )
 
     def graph_output(self) -> Tensor:
         return self.log_probabilities

@@ -167,12 +167,16 @@ class LabelReader:
             observer = Observer(self._forward, batch.inputs, self._parts, known=True)
             observed = observer.observe(_TURNS)
             if observed and same_scores(outputs, observed[0].outputs):
-                with contextlib.suppress(ValueError):
+                try:
                     self._settle_by(observed)
+                except ValueError as error:
+                    refusal = error.with_traceback(None)  # which would hold the graph
             intact = self._parts.are_as_noted()
             self._parts.forget()
             if self._reading is None:
                 self._settle_on_few(batch)
+        if refusal is not None and self._loss_is_nan:  # of all labels that a loss leaves out
+            raise refusal
         if self._forward.takes_labels_always or not intact:
             return self._forward(batch.inputs)
         return self._as_expected(batch.inputs, outputs)
@@ -192,7 +196,7 @@ class LabelReader:
         Raises:
             ValueError: the batch has no labels, or the outputs are of no head that is known.
         """
-        refuse_further_labels(batch)
+        self._refuse_further_labels(batch)
         outputs = self._run(batch)
         batch = self._after_prompt(batch, outputs, known=self._reading is not None)
         reading = self._reading
@@ -261,7 +265,7 @@ class LabelReader:
             observed += self._after_prompts(observer.observe(_FURTHER_TURNS))
             reading = choosing.by_its_loss(self._model, candidates, observed)
         if reading is None:
-            raise refusals.other_loss(self._model, observed[0], candidates)
+            raise refusals.other_loss(self._model, observed, candidates)
         if self._problem_type is None:
             choosing.refuse_unclear_shares(self._model, reading, first.batch)
         if reading.needs_labelled_forward:

@@ -116,7 +116,8 @@ def _categorical(logits: Tensor, labels: Tensor) -> Categorical:
     if outside.any():
         raise ValueError(
             f"Label {int(labels[outside][0])} is outside the {logits.shape[-1]} classes of the "
-            f"model; labels must be 0 … {logits.shape[-1] - 1}, or {IGNORED} to be left out."
+            f"model; labels must be 0 … {logits.shape[-1] - 1}, or {IGNORED} to be left out, "
+            "also where the model's loss has another ignore_index."
         )
     return Categorical(logits, labels)
 

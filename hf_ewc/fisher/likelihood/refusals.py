@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_ewc.fisher.labels import USE_LOG_LIKELIHOOD, label_name
+from hf_ewc.fisher.labels import IGNORED, USE_LOG_LIKELIHOOD, label_name
+from hf_ewc.fisher.likelihood.left_out import label_left_out
 from hf_ewc.fisher.likelihood.own_loss import Observation
 from hf_ewc.fisher.likelihood.readings import Reading
 
 _PROBLEM_TYPES = (
     "model.config.problem_type to 'single_label_classification' (a softmax over classes), "
     "'multi_label_classification' (yes or no for each label) or 'regression'"
+)
+
+
+# Of labels to which no output gives a probability.
+_IMPOSSIBLE = (
+    "says that they have the probability 0, as label sequences of CTC do that have more labels, "
+    "and blanks between equal ones, than there are frames. Leave such examples out of the data. "
+    "With model.config.ctc_zero_infinity=True they do not count in the loss, and fisher_type="
+    "'sampled' takes them, whose labels are drawn."
 )
 
 
@@ -81,17 +92,46 @@ def labels_are_inputs(model: nn.Module) -> ValueError:
     )
 
 
-def other_loss(model: nn.Module, first: Observation, candidates: Sequence[Reading]) -> ValueError:
+def other_loss(
+    model: nn.Module, observed: Sequence[Observation], candidates: Sequence[Reading]
+) -> ValueError:
     """The model's loss is −log p of none of the `candidates`."""
+    first = observed[0]
     labels = first.batch[label_name(first.batch) or "start_positions"]
+    found = f"The loss of {type(model).__name__}, {first.loss:.4g} for labels of {_form(labels)}, "
+    if math.isinf(first.loss):
+        return ValueError(found + _IMPOSSIBLE)
+    left_out = label_left_out(observed, candidates)
+    if left_out is not None:
+        return ValueError(found + _other_ignore_index(model, left_out))
     tried = [f"{c.meaning} ({_stated(c, first)})" for c in candidates]
+    set_type = f"Set {_PROBLEM_TYPES} where the loss follows it, or " if _has_config(model) else ""
+    what_to_do = f"{set_type}{USE_LOG_LIKELIHOOD}."
     return ValueError(
-        f"The loss of {type(model).__name__}, {first.loss:.4g} for labels of {_form(labels)}, is "
-        f"not the cross-entropy of its logits, nor −log p of any likelihood that is known here: "
-        f"{', '.join(tried)}. So it is with weights of classes or tokens, label smoothing, margins "
-        "or a softmax inside the model, and with heads that return something else as logits. Set "
-        f"{_PROBLEM_TYPES} where the loss follows it, or {USE_LOG_LIKELIHOOD}."
+        f"{found}is not the cross-entropy of its logits, nor −log p of any likelihood that is "
+        f"known here: {', '.join(tried)}. So it is with weights of classes or tokens, label "
+        "smoothing, margins or a softmax inside the model, and with heads that return something "
+        f"else as logits. {what_to_do[0].upper()}{what_to_do[1:]}"
     )
+
+
+def _other_ignore_index(model: nn.Module, left_out: int) -> str:
+    settings = vars(model.config) if _has_config(model) else {}
+    set_there = "".join(
+        f", model.config.{name} = {IGNORED}"
+        for name, value in settings.items()
+        if "ignore" in name and value == left_out
+    )
+    return (
+        f"is not the cross-entropy of its logits but that without the labels {left_out}: its "
+        f"ignore_index is {left_out}. Labels that are left out are {IGNORED} here, so that "
+        f"{left_out} would count. Put {IGNORED} in its place in the data, and ignore_index="
+        f"{IGNORED} in the loss{set_there}; or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+def _has_config(model: nn.Module) -> bool:
+    return hasattr(model, "config")
 
 
 def other_stated_loss(model: nn.Module, first: Observation, candidates: Sequence[Reading]) -> str:
