@@ -112,6 +112,32 @@ class MaskedTimeFirst(nn.Module):
         return {"logits": self.head(torch.tanh(words.cumsum(0)).mean(0))}
 
 
+class Tagger(nn.Module):
+    """A label for each word; takes (time, example), and each word what stands before it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, 5), nn.Linear(5, 2)
+
+    def forward(self, ids, labels=None):
+        return {"logits": self.head(torch.tanh(self.words(ids).cumsum(0)))}
+
+
+class Patches(nn.Module):
+    """Patches of all pictures in one row, and how many each has."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, patches, counts, labels=None):
+        picture = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        hidden = torch.tanh(self.inner(patches[0]))[: len(picture)]
+        return {"logits": self.head(hidden.new_zeros(len(counts), 5).index_add(0, picture, hidden))}
+
+
 class ExampleLast(nn.Module):
     """Takes (feature, time, example)."""
 
@@ -143,6 +169,16 @@ def with_neighbours(rows):
 
 def with_prototypes(rows):
     return {**stacked(rows, "x", "labels"), "prototypes": randn(4, 3, seed=1)}
+
+
+def tags(rows):
+    return {name: torch.stack([row[name] for row in rows], 1) for name in ("ids", "labels")}
+
+
+def with_patches(rows):
+    counts = torch.tensor([len(row["patches"]) for row in rows])
+    patches = torch.cat([row["patches"] for row in rows]).unsqueeze(0)
+    return {**stacked(rows, "labels"), "patches": patches, "counts": counts}
 
 
 def with_positions(rows):
@@ -186,6 +222,11 @@ CASES = {
         rows_of(ids=lambda n: torch.arange(4) * n % 7, mask=lambda n: torch.ones(4)),
         masked_time_first,
     ),
+    "patches in a row": (
+        Patches,
+        rows_of(patches=lambda n: randn(1 + n % 3, 3, seed=n)),
+        with_patches,
+    ),
     "examples last": (ExampleLast, rows_of(x=lambda n: randn(4, 5, seed=n)), example_last),
 }
 
@@ -203,6 +244,7 @@ REFUSED = {
     "a matrix for all": "example 0, taken by its place, has other outputs alone",
     "a row for each class": "example 0, taken by its place, has other outputs alone",
     "a mask like its transpose": "What belongs to which example is told by the first axis",
+    "patches in a row": "example 1, taken by its place, has other outputs alone",
     "examples last": "example 0, taken by its place, fails alone with mat1",
 }
 
@@ -269,6 +311,42 @@ def test_parts_of_a_batch_that_memory_has_no_room_for_are_taken_as_it_was_collat
         Narrow(), rows, data_collator=collate, batch_size=8, fisher_type="empirical"
     )
     oracle.assert_close(fisher.diagonal, by_hand(Neighbours(), rows, collate))
+
+
+def words(length):
+    return [{"ids": (torch.arange(length) * (n + 1)) % 20, "labels": (torch.arange(length) + n) % 2}
+            for n in range(8)]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The (examples|one-backward)")
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+@pytest.mark.parametrize("length", [3, 4, 5])
+def test_labels_that_stand_time_first_are_refused(length, fisher_type):
+    """Which would be as many examples as there are times."""
+    rows, options = words(length), {"fisher_type": fisher_type}
+    for batches in ([tags(rows[:4]), tags(rows[4:])], iter([tags(rows[:4])])):
+        with pytest.raises(ValueError, match="by its place, has other outputs alone"):
+            estimate_fisher(Tagger(), batches, **options)
+    with pytest.raises(ValueError, match="needed is one row for each example"):
+        estimate_fisher(Tagger(), rows, data_collator=tags, batch_size=4, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The (examples|one-backward)")
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_example_is_never_counted_as_several(batch_size):
+    class Flat(Tagger):
+        def forward(self, ids, labels=None):
+            return {"logits": super().forward(ids.T)["logits"].flatten(0, 1)}
+
+    with pytest.raises(ValueError, match=rf"of {5 * batch_size} examples on a batch of"):
+        estimate_fisher(Flat(), words(5), batch_size=batch_size)
+
+
+@pytest.mark.filterwarnings("ignore:The (examples|one-backward)")
+def test_a_list_of_batches_taken_for_examples_is_said_to_be():
+    _, rows, collate = CASES["patches in a row"]
+    with pytest.raises(ValueError, match=r"taken for one example; where it is a batch.*iter\("):
+        estimate_fisher(Patches(), [collate(rows[:4]), collate(rows[4:])])
 
 
 def test_labels_in_a_list_are_said_to_be():

@@ -100,6 +100,7 @@ class Estimation:
         self._speaks = speaks
         self._fast = plan.fisher_type != "batched"
         self._said_apart = False
+        self._advice = ""
         self._most: int | None = None  # examples of a batch that fit in memory, once it ran out
 
     @property
@@ -123,6 +124,7 @@ class Estimation:
             again: the same source from its beginning, for when memory runs out within a backward;
                 None where the data can be read once only.
         """
+        self._advice = source.advice
         with self._ways.running():
             first = self._ways.first(source)
             if first is not None:
@@ -242,7 +244,7 @@ class Estimation:
         except Exception as error:
             if batch is None or is_out_of_memory(error) or not raised_in(self._model, error):
                 raise
-            raise ForwardFailed(batch, error) from error
+            raise ForwardFailed(batch, error, self._advice) from error
 
     def _reason(self, error: Exception) -> str:
         """Why the fast way is left; raises where the slow one does not help."""
@@ -268,6 +270,7 @@ class Estimation:
             return
         if self._plan.log_likelihood is None:
             require_labels(batch.inputs)
+            batch.require_label_rows()
         because = batch.apart_because or (batch.uneven if self._fast else None)
         if because is None or self._said_apart:
             return
@@ -301,17 +304,18 @@ class _AddedInPart(Exception):
 
 
 class ForwardFailed(ValueError):
-    """The model's forward has failed on a batch."""
+    """The model's forward has failed on a batch; `advice` is on what the data were taken for."""
 
-    def __init__(self, batch: ExampleBatch, error: Exception) -> None:
+    def __init__(self, batch: ExampleBatch, error: Exception, advice: str = "") -> None:
         self.batch = batch
         self.short = f"{type(error).__name__}: {error!s:.300}"
         super().__init__(
             f"The model's forward fails on a batch of {len(batch)} examples with the arguments "
-            f"{', '.join(batch.inputs)}: {self.short} What helps: data with what its forward "
-            "takes and nothing else (a data_collator, without further columns); batch_size=1 "
-            "(fisher_batch_size=1) where it takes one example at a time, as without a pad token; "
-            "or log_likelihood= a function of (model, batch) that calls it as it has to be."
+            f"{', '.join(batch.inputs)}: {self.short} {advice}What helps: data with what "
+            "its forward takes and nothing else (a data_collator, without further columns); "
+            "batch_size=1 (fisher_batch_size=1) where it takes one example at a time, as without a "
+            "pad token; or log_likelihood= a function of (model, batch) that calls it as it has to "
+            "be."
         )
 
 

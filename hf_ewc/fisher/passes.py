@@ -73,7 +73,9 @@ class Passes:
     def outputs(self, batch: ExampleBatch) -> Tensor:
         """What the objectives are made of, (B, …)."""
         if self._plan.log_likelihood is not None:
-            return self._plan.log_likelihood(self._model, batch.inputs)
+            values = self._plan.log_likelihood(self._model, batch.inputs)
+            _check_values(values, batch)
+            return values
         self._reader.settle(batch)
         return self._reader.distribution(batch.inputs).graph_output()
 
@@ -133,6 +135,7 @@ class Passes:
 
     def _of_model(self, batch: ExampleBatch) -> Iterator[Tensor]:
         distribution = self._reader.distribution(batch.inputs)
+        _check_number(distribution, batch)
         kept = _kept(batch, distribution.labelled.device)
         if batch.padding:
             distribution = distribution.without(~kept)
@@ -203,6 +206,15 @@ def _finite(objective: Tensor, batch: ExampleBatch) -> Tensor:
             "Fisher needs finite outputs. Look for NaN in the weights or in these examples."
         )
     return objective
+
+
+def _check_number(distribution: Distribution, batch: ExampleBatch) -> None:
+    if len(distribution.labelled) != len(batch):
+        raise ValueError(
+            f"The model's outputs are of {len(distribution.labelled)} examples on a batch of "
+            f"{len(batch)}: {batch.ids[:8]}. Examples have to lie along their first axis, and that "
+            "of the labels; a data_collator that puts them there helps."
+        )
 
 
 def _check_values(values: Tensor, batch: ExampleBatch) -> None:

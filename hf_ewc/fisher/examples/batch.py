@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_ewc.fisher.examples.layout import PLAIN, Inseparable, Layout
+from hf_ewc.fisher.examples.layout import PLAIN, Inseparable, Layout, Rows
 from hf_ewc.fisher.labels import IGNORED, LABEL_NAMES
 
 Collator = Callable[[list[Any]], Any]
@@ -84,6 +84,20 @@ class ExampleBatch:
         if isinstance(self.layout, Inseparable):
             return str(self.layout)
         return self.layout.uneven(self.inputs)
+
+    def require_label_rows(self) -> None:
+        """Raise a `ValueError` unless each example has one row of the labels."""
+        if len(self) == 1 or isinstance(self.layout, Inseparable):
+            return
+        row_each = Rows((1,) * len(self))
+        for name in LABEL_NAMES:
+            labels, share = self.inputs.get(name), self.layout.shares.get(name)
+            if isinstance(labels, Tensor) and share != row_each:
+                raise ValueError(
+                    f"In {name!r} of the shape {tuple(labels.shape)} the data_collator gives the "
+                    f"{len(self)} examples no row each, as where they lie along a later axis; "
+                    "needed is one row for each example. Use another data_collator for the Fisher."
+                )
 
     def part(self, start: int, stop: int) -> ExampleBatch:
         return self.only(range(len(self))[start:stop])
@@ -333,6 +347,14 @@ def batch_length(inputs: Mapping[str, Any]) -> int:
     raise ValueError(f"A batch holds no tensors: {', '.join(inputs) or 'it is empty'}.")
 
 
+def may_be_batch(first: Any) -> bool:
+    """Whether an element of a list has labels in rows, as a batch has, and some examples."""
+    if not isinstance(first, Mapping):
+        return False
+    labels = next((v for n in LABEL_NAMES if isinstance(v := first.get(n), Tensor)), None)
+    return labels is not None and labels.dim() > 0
+
+
 def looks_collated(first: Any) -> bool:
     """Whether an element of a list is a batch rather than an example.
 
@@ -342,9 +364,9 @@ def looks_collated(first: Any) -> bool:
     if not isinstance(first, Mapping):
         return False
     tensors = {name: value for name, value in first.items() if isinstance(value, Tensor)}
-    labels = next((tensors[name] for name in LABEL_NAMES if name in tensors), None)
-    if labels is None or labels.dim() == 0:
+    if not may_be_batch(first):
         return False
+    labels = next(tensors[name] for name in LABEL_NAMES if name in tensors)
     own = [tensor for tensor in tensors.values() if tensor.dim() and tensor.shape[0] != 1]
     if labels.shape[0] == 1:
         return not own and any(tensor.dim() > 1 for tensor in tensors.values())

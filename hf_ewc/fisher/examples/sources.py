@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
@@ -25,6 +25,7 @@ from hf_ewc.fisher.examples.batch import (
     batches_of_examples,
     collated,
     looks_collated,
+    may_be_batch,
     numbered,
     numbered_batches,
 )
@@ -51,11 +52,20 @@ class Source:
         first: makes a batch that starts with the very first example, the same in every process.
         batches: this process's share.
         expected: how many batches these are, where it is known.
+        advice: what else the data could be meant as, for where they turn out not to run.
     """
 
     first: Callable[[], ExampleBatch | None]
     batches: Iterator[ExampleBatch]
     expected: int | None = None
+    advice: str = ""
+
+
+# For a list whose elements have several labels: an example has them too.
+_MAY_BE_BATCHES = (
+    "Each element of the list was taken for one example; where it is a batch, give an iterator "
+    "over them: iter(list). "
+)
 
 
 def source_of(data: Any, collator: Collator | None, wanted: Selection) -> Source:
@@ -77,7 +87,9 @@ def source_of(data: Any, collator: Collator | None, wanted: Selection) -> Source
         _refuse_empty(data)
         batches = isinstance(data, (list, tuple)) and looks_collated(data[0])
         if collator is not None or not batches:
-            return _from_examples(data, collator or default_data_collator, wanted)
+            source = _from_examples(data, collator or default_data_collator, wanted)
+            unsure = collator is None and isinstance(data, (list, tuple)) and may_be_batch(data[0])
+            return replace(source, advice=_MAY_BE_BATCHES) if unsure else source
     if wanted.stratified:
         raise ValueError("Stratified draws need a data set with a length and indices.")
     if isinstance(data, IterableDataset) or (collator is not None and not _is_indexable(data)):
