@@ -9,7 +9,7 @@ import fisher_oracle as oracle
 import pytest
 import torch
 import transformers as t
-from models import Unseen
+from models import Examples, Unseen, bert
 from torch import nn
 
 from hf_ewc import estimate_fisher
@@ -485,3 +485,26 @@ def test_a_sketch_of_a_tied_matrix_adds_up_that_of_its_uses(shape):
     uses.see("w", Product(places[:1], rows[:1], shape[0]))
     expected = pytest.approx(float(rows[0].square().sum()), rel=0.5)
     assert uses.differences(written_out, ["w"])["w"] == expected
+
+
+class Card:
+    """Notes in itself what is printed of it."""
+
+    def __init__(self):
+        self.line = Line(self)
+
+
+class Line:
+    def __init__(self, card):
+        self.card = card
+
+    def __str__(self):
+        vars(self.card)[f"printed {len(vars(self.card))}"] = True
+        return "line"
+
+
+def test_objects_that_a_model_holds_are_not_looked_into():
+    model = bert()
+    model.card = Card()
+    estimate_fisher(model, Examples("bert", 4))
+    assert list(vars(model.card)) == ["line"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -128,9 +129,11 @@ def _of_attribute(value: Any, depth: int = _DEEPEST) -> Hashable:
     if depth == 0 or callable(value):
         return type(value), id(value)
     if isinstance(value, Mapping):
-        return tuple((str(key), _of_attribute(item, depth - 1)) for key, item in value.items())
+        return tuple((str(k), _of_attribute(v, depth - 1)) for k, v in tuple(value.items()))
     if isinstance(value, (list, tuple)):
         return tuple(_of_attribute(item, depth - 1) for item in value)
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(map(str, value)))
-    return type(value), _of_attribute(getattr(value, "__dict__", str(value)), depth - 1)
+    if isinstance(value, SimpleNamespace):
+        return type(value), _of_attribute(vars(value), depth - 1)
+    return type(value), id(value)  # looking into what is not known may change it
