@@ -388,6 +388,43 @@ def test_a_model_that_has_changed_is_proved_anew(change, proofs):
     assert len(proofs) == 2
 
 
+class Normalized(nn.Module):
+    """Divides its inputs by the largest of the batch, with all features or with each by itself."""
+
+    def __init__(self, over=(0, 1)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.over, self.inner, self.head = over, nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x, labels=None):
+        x = 2 * x / x.abs().amax(self.over, keepdim=True)
+        return {"logits": self.head(torch.tanh(self.inner(x)))}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["labels", "log_likelihood"])
+@pytest.mark.parametrize("over", [(0, 1), 0], ids=["of all features", "of each"])
+@pytest.mark.parametrize("holder", range(4))
+def test_an_example_that_makes_the_others_what_they_are_proves_nothing_alone(holder, over, own):
+    """It is the same among others, which are not what they are alone."""
+    model, x = Normalized(over), randn(4, 6, seed=1)
+    x[holder] = 4 + randn(6, seed=2).abs()
+    batch = {"x": x, "labels": torch.arange(4) % 3}
+
+    def likelihood(model, batch):
+        logits = model(batch["x"])["logits"]
+        return -nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+    with pytest.warns(UserWarning, match="differs from single examples in"):
+        fisher = estimate_fisher(
+            model,
+            iter([batch]),
+            fisher_type="empirical",
+            log_likelihood=likelihood if own else None,
+        )
+    rows = [{name: value[n : n + 1] for name, value in batch.items()} for n in range(4)]
+    oracle.assert_close(fisher.diagonal, by_hand(model, rows, lambda rows: rows[0]))
+
+
 # Forwards that fail
 
 

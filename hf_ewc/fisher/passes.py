@@ -63,6 +63,7 @@ class Passes:
         self._never_none = never_none
         self._reader = LabelReader(model, in_full=never_none, stated=plan.stated)
         self._decided: Decided | None = None
+        self._noting: tuple[int, list[Tensor]] | None = None
 
     def __call__(self, batch: ExampleBatch) -> Iterator[Tensor]:
         """The objectives; what the model's outputs mean is settled now, before it runs for them."""
@@ -108,6 +109,21 @@ class Passes:
             self._decided = None
 
     @contextlib.contextmanager
+    def noting_output_of(self, example: int) -> Iterator[list[Tensor]]:
+        """The list is given that example's row, (1, …), of what the first batch inside puts out."""
+        noted: list[Tensor] = []
+        self._noting = example, noted
+        try:
+            yield noted
+        finally:
+            self._noting = None
+
+    def _note(self, outputs: Tensor) -> None:
+        if self._noting is not None and not self._noting[1]:
+            example, noted = self._noting
+            noted.append(outputs.detach()[example : example + 1].clone())
+
+    @contextlib.contextmanager
     def counted_if_done(self) -> Iterator[None]:
         """The examples of passes inside do not count where an error ends them."""
         before = self.counts
@@ -130,6 +146,8 @@ class Passes:
         number = len(batch) - batch.padding
         self.counts += Counts(number, number)
         self.fisher_type = "batched" if self._plan.fisher_type == "batched" else "empirical"
+        with unseen():
+            self._note(values)
         values = torch.where(kept, values, values.detach()) if batch.padding else values
         yield _finite(values.sum(), batch)
 
@@ -140,6 +158,7 @@ class Passes:
         if batch.padding:
             distribution = distribution.without(~kept)
         with unseen():
+            self._note(distribution.graph_output())
             number = int((distribution.labelled & kept).sum())
             self.counts += counted(distribution, number)
             self.fisher_type = self._settled_type(distribution)

@@ -14,6 +14,7 @@ from hf_ewc.fisher.engine.verification import (
     Comparison,
     Sketch,
     compare_with_alone,
+    is_what_it_was,
     require_apart,
 )
 from hf_ewc.fisher.examples.batch import ExampleBatch
@@ -82,23 +83,34 @@ class Replicas:
         if most is None or not proofs.are_due(structure, self._fast.totals()):
             self._fast.add(batch, passes)
         else:
-            proofs.add(structure, self._run_with_proof(batch, passes, proofs, most[0]))
+            proofs.add(structure, self._run_with_proof(batch, passes, proofs, *most[:2]))
         self._added = True
 
     def _run_with_proof(
-        self, batch: ExampleBatch, passes: Passes, proofs: Proofs, example: int
+        self, batch: ExampleBatch, passes: Passes, proofs: Proofs, example: int, other: int
     ) -> Comparison:
-        """Run the batch and compare one example with itself alone; raises `Mixed`."""
+        """Run the batch and compare one example, and another's outputs, with it alone.
+
+        Raises:
+            Mixed: they differ.
+        """
         before = {name: t.clone() for name, t in self._fast.totals().items() if self._added}
         unproved = proofs.unproved(before)
         sketch = Sketch(example)
         try:
-            with passes.deciding_once():
+            with passes.deciding_once(), passes.noting_output_of(other) as among:
                 self._fast.add(batch, passes, sketch)
                 with passes.uncounted():
                     found = compare_with_alone(self._model, self._parameters, batch, passes, sketch)
-            if found.wrong:
-                raise Mixed(found.wrong, sorted(set(found.wrong) & set(unproved)))
+            wrong = found.wrong
+            if (
+                among
+                and not wrong
+                and not self._is_what_it_was(batch.only([other]), among[0], passes)
+            ):
+                wrong = sorted(found.proved)
+            if wrong:
+                raise Mixed(wrong, sorted(set(wrong) & set(unproved)))
         except Exception as error:
             for name, total in self._fast.totals().items():
                 total.copy_(before[name]) if self._added else total.zero_()
@@ -107,6 +119,9 @@ class Replicas:
                 self._confirm(batch, passes)
             raise
         return found
+
+    def _is_what_it_was(self, one: ExampleBatch, among: Tensor, passes: Passes) -> bool:
+        return is_what_it_was(self._model, self._parameters, one, among, passes.outputs)
 
     def run_slow(self, batch: ExampleBatch | None, passes: Passes) -> None:
         if self._slow is None:

@@ -18,6 +18,8 @@ from hf_ewc.fisher.uses.product import Product
 from hf_ewc.parameters.sharding import whole_shape
 from hf_ewc.precision import wide_sum
 
+# What rounding may change, a share of the sum of squares; in half precision it does much.
+_SHARE, _SHARE_IN_HALF = 1e-6, 0.09
 # Gradients of up to this many entries are kept as they are.
 _SHORT = 4096
 
@@ -132,9 +134,31 @@ def compare_with_alone(
     alone = Sketch()
     _Alone(model, parameters, alone).add(batch.only([seen.example]), all_at_once)
     half = _is_half(model, parameters)
-    limits = Limits(0.09, 1e-3, 1e-6) if half else Limits(1e-6, 0.0, 1e-10)
+    limits = Limits(_SHARE_IN_HALF, 1e-3, 1e-6) if half else Limits(_SHARE, 0.0, 1e-10)
     sizes, errors = alone.sizes(parameters), alone.differences(seen, parameters)
     return within_rounding(parameters, sizes, errors, limits)
+
+
+@torch.no_grad()
+def is_what_it_was(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    one: ExampleBatch,
+    among: Tensor,
+    outputs: Outputs,
+) -> bool:
+    """Whether an example alone puts out what it did among others, (1, …).
+
+    An example that makes others what they are, such as one with the largest input of a batch that
+    is divided by it, is itself the same as alone: it takes another one to see that.
+    """
+    alone = outputs(one)
+    if alone.shape != among.shape:
+        return True
+    share = _SHARE_IN_HALF if _is_half(model, parameters) else _SHARE
+    finite = alone.isfinite() & among.isfinite()
+    differences = (alone - among).masked_fill(~finite, 0.0)
+    return _sum(differences.square()) <= share * _sum(among.masked_fill(~finite, 0.0).square())
 
 
 @torch.no_grad()
