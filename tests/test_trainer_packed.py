@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorForTokenClassification, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
+    TrainingArguments,
+)
 
+from hf_ewc import estimate_fisher
 from hf_ewc.config import EWCConfig
 from hf_ewc.training.packed_rows import taken_apart
 from hf_ewc.training.trainer import EWCTrainer
@@ -74,6 +79,36 @@ def test_positions_that_begin_again_tell_documents_apart(
                 expected[name] += parameter.grad**2 / DOCUMENTS / labels
     found = dict(state.importance)
     assert relative_error(found, {name: expected[name] for name in found}) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}, {"position_ids_start": 2}],
+    ids=["positions", "all that tells", "positions from 2"],
+)
+@pytest.mark.parametrize("size", [2, 6])
+def test_batches_that_come_flattened(options: dict[str, Any], size: int) -> None:
+    """One row of several documents, and positions that begin again with each."""
+    model = small_llama()
+    flattened = DataCollatorWithFlattening(**options)
+    texts = documents()
+    batches = [
+        flattened([{"input_ids": tokens} for tokens in texts[start : start + size]])
+        for start in range(0, DOCUMENTS, size)
+    ]
+    found = estimate_fisher(model, iter(batches), fisher_type="empirical")
+    assert found.num_examples == DOCUMENTS
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    first = options.get("position_ids_start", 0)
+    for tokens in texts:
+        ids = torch.tensor([tokens])
+        model.zero_grad()
+        own = torch.arange(first, first + len(tokens))[None]
+        loss = model(input_ids=ids, labels=ids, position_ids=own).loss
+        (loss * (len(tokens) - 1)).backward()
+        for name, parameter in model.named_parameters():
+            expected[name] += parameter.grad**2 / DOCUMENTS
+    assert relative_error(dict(found.diagonal), expected) < 1e-5
 
 
 def with_positions(positions: Any, **columns: Any) -> list[dict[str, Any]]:

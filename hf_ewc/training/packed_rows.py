@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import datasets
-import numpy
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithFlattening, Trainer
 
+from hf_ewc.fisher.examples.packed import (
+    LENGTHS,
+    POSITIONS,
+    TOKENS,
+    document,
+    lengths_by_position,
+)
+
 logger = logging.getLogger("hf_ewc")
 
-LENGTHS = "seq_lengths"  # of the documents in a row, as TRL notes them
-POSITIONS = "position_ids"  # which begin again at 0 with each document
-TOKENS = "input_ids"
 Lengths = Callable[[Mapping[str, Any]], list[int]]
 
 
@@ -47,7 +51,7 @@ class Documents:
         place = bisect_right(self._ends, index)
         row = self._rows[place]
         first = self._ends[place - 1] if place else 0
-        return _document(row, self._lengths(row), index - first)
+        return document(row, self._lengths(row), index - first)
 
 
 class StreamedDocuments(IterableDataset[dict[str, Any]]):
@@ -58,9 +62,9 @@ class StreamedDocuments(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self._rows:
-            lengths = _noted(row) if LENGTHS in row else _by_position(row)
+            lengths = _noted(row) if LENGTHS in row else lengths_by_position(row)
             for number in range(len(lengths)):
-                yield _document(row, lengths, number)
+                yield document(row, lengths, number)
 
 
 def taken_apart(dataset: Any) -> Any:
@@ -76,8 +80,11 @@ def taken_apart(dataset: Any) -> Any:
     if not {POSITIONS, TOKENS} <= set(dataset.column_names):
         return dataset
     needed = [n for n in (TOKENS, POSITIONS, "labels", "attention_mask") if n in dataset.features]
-    counts = [len(_by_position(row)) for row in dataset.select_columns(needed).with_format("numpy")]
-    return Documents(dataset, counts, _by_position) if max(counts, default=1) > 1 else dataset
+    rows = dataset.select_columns(needed).with_format("numpy")
+    counts = [len(lengths_by_position(row)) for row in rows]
+    if max(counts, default=1) <= 1:
+        return dataset
+    return Documents(dataset, counts, lengths_by_position)
 
 
 def joins_examples(trainer: Trainer) -> bool:
@@ -102,47 +109,3 @@ def warn_of_wrapped(trainer: Trainer, dataset: Any) -> None:
 
 def _noted(row: Mapping[str, Any]) -> list[int]:
     return list(row[LENGTHS])
-
-
-def _by_position(row: Mapping[str, Any]) -> list[int]:
-    """Lengths of a row's documents: positions count up from 0 in each, and no token is padding.
-
-    A row of which that, or a label for each token, is not so is one document.
-    """
-    whole = [len(row.get(TOKENS, ()))]
-    if not all(_of_tokens(row[name], *whole) for name in (POSITIONS, "labels") if name in row):
-        return whole
-    if POSITIONS not in row or not all(row.get("attention_mask", ())):
-        return whole
-    positions = numpy.asarray(row[POSITIONS])
-    begins = numpy.flatnonzero(positions == 0)
-    goes_on = numpy.diff(positions) == 1
-    if len(begins) < 2 or positions[0] != 0 or not (goes_on | (positions[1:] == 0)).all():
-        return whole
-    return [end - begin for begin, end in pairwise([*begins.tolist(), *whole])]
-
-
-def _document(row: Mapping[str, Any], lengths: list[int], number: int) -> dict[str, Any]:
-    """Document `number` of a row, with its part of all that is there for each token.
-
-    Positions that count from 0 are left out: they are the model's own, and collators do not pad
-    them.
-    """
-    start, size = sum(lengths[:number]), lengths[number]
-    own = {
-        name: value[start : start + size]
-        for name, value in row.items()
-        if hasattr(value, "__len__") and len(value) == sum(lengths) and name != LENGTHS
-    }
-    noted = {LENGTHS: [size]} if LENGTHS in row else {}
-    found = {**row, **own, **noted}
-    if POSITIONS in own and numpy.array_equal(own[POSITIONS], range(size)):
-        del found[POSITIONS]
-    return found
-
-
-def _of_tokens(value: Any, number: int) -> bool:
-    """Whether there is one number for each token of a row."""
-    if not hasattr(value, "__len__") or len(value) != number:
-        return False
-    return number == 0 or not hasattr(value[0], "__len__")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hf_ewc.fisher.examples.layout import PLAIN, Inseparable, Layout, Rows
+from hf_ewc.fisher.examples.packed import documents_of
 from hf_ewc.fisher.labels import IGNORED, LABEL_NAMES
 
 Collator = Callable[[list[Any]], Any]
@@ -312,10 +313,9 @@ def same_random_numbers() -> Iterator[None]:
 
 
 def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[ExampleBatch]:
-    """Batches that come collated, cut off after `num_samples` examples."""
+    """Batches that come collated, cut off after `num_samples` examples; packed rows taken apart."""
     seen = 0
-    for raw in data:
-        inputs = as_mapping(raw)
+    for inputs in _unpacked(map(as_mapping, data)):
         size = batch_length(inputs)
         batch = ExampleBatch(inputs, list(range(seen, seen + size)))
         if num_samples is not None and seen + size > num_samples:
@@ -325,6 +325,11 @@ def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[E
         seen += size
         if num_samples is not None and seen >= num_samples:
             return
+
+
+def _unpacked(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for inputs in batches:
+        yield from documents_of(inputs) or [inputs]
 
 
 def as_mapping(batch: Any) -> dict[str, Any]:
