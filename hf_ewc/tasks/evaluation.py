@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,11 @@ from hf_ewc.tasks.task import Figures, Metrics, Task
 from hf_ewc.tasks.token_scores import TokenScores, is_causal
 
 logger = logging.getLogger("hf_ewc")
+
+
+class NoLabels(ValueError):
+    """There is no label to be right about."""
+
 
 # What a Trainer adds to the metrics about itself; its figures of memory begin with `mem_`.
 _TIMINGS = {
@@ -36,25 +42,29 @@ def evaluate(
 ) -> dict[str, Figures]:
     """The metrics by task, each on its own evaluation data, with its own classes and collator.
 
-    The trainer's collator and metrics are exchanged for each task's, and put back at the end.
     `collator` is for the tasks that have none.
     """
-    own = trainer.data_collator, trainer.compute_metrics, trainer.preprocess_logits_for_metrics
     found = {}
+    for task in tasks:
+        prefix = f"eval_{task.name}"
+        with scoring(trainer, task, plan, collator), space.of(task):
+            metrics = trainer.evaluate(task.eval_dataset, metric_key_prefix=prefix)
+        found[task.name] = figures_of(metrics, prefix)
+    return found
+
+
+@contextmanager
+def scoring(trainer: Any, task: Task, plan: Plan, collator: Any) -> Iterator[None]:
+    """Inside the block the trainer has the task's collator, or `collator`, and its metrics."""
+    own = trainer.data_collator, trainer.compute_metrics, trainer.preprocess_logits_for_metrics
     try:
-        for task in tasks:
-            trainer.data_collator = task.data_collator or collator
-            found_by = trainer.compute_metrics = metrics_of(task, plan, trainer.model)
-            trainer.preprocess_logits_for_metrics = (
-                found_by.sums if isinstance(found_by, TokenScores) else own[2]
-            )
-            prefix = f"eval_{task.name}"
-            with space.of(task):
-                metrics = trainer.evaluate(task.eval_dataset, metric_key_prefix=prefix)
-            found[task.name] = figures_of(metrics, prefix)
+        trainer.data_collator = task.data_collator or collator
+        found_by = trainer.compute_metrics = metrics_of(task, plan, trainer.model)
+        if isinstance(found_by, TokenScores):
+            trainer.preprocess_logits_for_metrics = found_by.sums
+        yield
     finally:
         trainer.data_collator, trainer.compute_metrics, trainer.preprocess_logits_for_metrics = own
-    return found
 
 
 def figures_of(metrics: Mapping[str, Any], prefix: str) -> Figures:
@@ -144,9 +154,7 @@ def accuracy(prediction: EvalPrediction, shifted: bool = False) -> dict[str, flo
         logits, labels = logits[:, :-1], labels[:, 1:]
     counted = labels != -100
     if not counted.any():
-        raise ValueError(
-            "accuracy got no labels; the evaluation data needs some that are not -100."
-        )
+        raise NoLabels("accuracy got no labels; the evaluation data needs some that are not -100.")
     if np.isnan(logits[counted]).any():  # of which argmax would make a class
         return {"accuracy": math.nan}
     return {"accuracy": float((logits.argmax(-1) == labels)[counted].mean())}

@@ -40,6 +40,7 @@ from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.progress import TaskProgress
 from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.record import Record
+from hf_ewc.tasks.rehearsal import rehearse
 from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.shards import check_shards
@@ -82,7 +83,7 @@ class TaskRun:
         self._kl: dict[str, Any] | None = None
         self._drift: dict[str, float] = {}
         self._lambdas: dict[str, float] = {}
-        self._is_resumed = False
+        self._is_resumed = self._is_rehearsed = False
         self._tracker = SequenceTracker(plan.args, integrations=())
 
     @contextmanager
@@ -247,6 +248,7 @@ class TaskRun:
             trainer.add_callback(progress)
         self._tracker.begin(index, sum(self.record.steps))
         trainer.add_callback(self._tracker)
+        self._rehearse(trainer, index)
         if index == 0:
             self._score_untrained(trainer)
         self._divergence.remember(trainer, index)
@@ -309,6 +311,15 @@ class TaskRun:
                 matrix[index, task.name] = score
         self._score_others(scores, index + 1)
         self.record.metrics.append(scores)
+
+    def _rehearse(self, trainer: Any, index: int) -> None:
+        """Look at what is to be scored, once; of a head that grows at the task's own alone."""
+        if self._is_rehearsed:
+            return
+        plan = self.plan
+        self._is_rehearsed = not plan.sequence.grow_head
+        tasks = plan.tasks if self._is_rehearsed else plan.tasks[: index + 1]
+        rehearse(trainer, (*tasks, *plan.evaluate_also), plan, self.space, self._training.collator)
 
     def _score_untrained(self, trainer: Any) -> None:
         """Enter the scores before the first task, as far as they are asked for."""

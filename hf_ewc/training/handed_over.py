@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -17,7 +16,7 @@ from hf_ewc.fisher.labels import LABEL_NAMES, are_there, label_name
 from hf_ewc.fisher.likelihood.made_up_labels import made_up
 from hf_ewc.fisher.likelihood.own_loss import StatedLoss
 from hf_ewc.training.data_path import Collator
-from hf_ewc.training.repeatable import as_if_not_run, copied
+from hf_ewc.training.repeatable import copied, evaluated_as_if_not_run
 
 # On so many examples a loss is looked at, with their own labels and with others.
 _EXAMPLES, _TURNS = 4, 3
@@ -99,7 +98,7 @@ def stated_losses(
     found: list[StatedLoss] = []
     if (examples := _first_of(data)) is None:
         return found
-    with contextlib.suppress(Exception), _evaluated(trainer, model):
+    with contextlib.suppress(Exception), evaluated_as_if_not_run(trainer, model):
         batch = trainer._prepare_inputs(collator(examples))
         name = label_name(batch) or reaches.labels
         if name not in batch:
@@ -156,7 +155,7 @@ def _calls(
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        with _evaluated(trainer, model):
+        with evaluated_as_if_not_run(trainer, model):
             batch = trainer._prepare_inputs(collator(examples))
             trainer.compute_loss(model, copy.copy(batch))
     except Exception:
@@ -185,16 +184,3 @@ def _options(model: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
         and name not in _OF_OUTPUTS
         and value != signature[name].default
     }
-
-
-@contextlib.contextmanager
-def _evaluated(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """In evaluation mode without gradients, and with nothing left behind."""
-    modes = [(module, module.training) for module in model.modules()]
-    with as_if_not_run(trainer, model), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

@@ -36,6 +36,19 @@ def as_if_not_run(trainer: Any, model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def evaluated_as_if_not_run(trainer: Any, model: nn.Module) -> Iterator[None]:
+    """As `as_if_not_run`, in evaluation mode and without gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    with as_if_not_run(trainer, model), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
 def same_attributes(owner: Any, but_for: nn.Module) -> Iterator[None]:
     """What `owner` keeps has its values again at the end: numbers, tensors, modules, containers.
 

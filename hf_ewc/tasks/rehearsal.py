@@ -1,0 +1,120 @@
+"""The first examples of what a run is scored by, looked at before anything is learnt.
+
+So a run does not end after hours on what can be seen before its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+from transformers import EvalPrediction, Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import nested_numpify
+
+from hf_ewc.parameters.names import unwrap
+from hf_ewc.parameters.sharding import is_sharded
+from hf_ewc.tasks.evaluation import NoLabels, figures_of, scoring
+from hf_ewc.tasks.label_space import LabelSpace
+from hf_ewc.tasks.main_process import by_main_process
+from hf_ewc.tasks.plan import Plan
+from hf_ewc.tasks.task import Task, score_of
+from hf_ewc.training.held_out import has_rows
+from hf_ewc.training.repeatable import evaluated_as_if_not_run
+
+EXAMPLES = 2
+_PREFIX = "eval"
+
+
+def rehearse(
+    trainer: Any, tasks: Sequence[Task], plan: Plan, space: LabelSpace, collator: Any
+) -> None:
+    """Score the first examples of the tasks' evaluation data, leaving everything as it was.
+
+    The main process does it, without the trainer's loop, loaders and callbacks. Not looked at are
+    streams, models in shards, and trainers that evaluate in a way of their own. What users' metrics
+    raise is left alone: few examples may be too few for them.
+
+    Raises:
+        ValueError: they cannot be run, or bring no score; with the task's name.
+        TypeError: metrics come as something else than a dict.
+    """
+    model = unwrap(trainer.model)
+    if not _evaluates_plainly(trainer) or any(map(is_sharded, model.parameters())):
+        return
+
+    def rehearse_all() -> None:
+        for task in tasks:
+            if not has_rows(task.eval_dataset):
+                continue
+            with (
+                evaluated_as_if_not_run(trainer, model),
+                scoring(trainer, task, plan, collator),
+                space.of(task),
+            ):
+                _rehearse(trainer, task, is_own=not (task.compute_metrics or plan.compute_metrics))
+
+    by_main_process(rehearse_all)
+
+
+def _evaluates_plainly(trainer: Any) -> bool:
+    kind: Any = type(trainer)
+    loads_plainly = kind.get_eval_dataloader is Trainer.get_eval_dataloader
+    return loads_plainly and kind.evaluate in (Trainer.evaluate, Seq2SeqTrainer.evaluate)
+
+
+def _rehearse(trainer: Any, task: Task, is_own: bool) -> None:
+    only_loss = trainer.compute_metrics is None or trainer.args.prediction_loss_only
+    try:
+        loss, outputs, labels = trainer.prediction_step(
+            trainer.model, _first_batch(trainer, task.eval_dataset), only_loss
+        )
+    except Exception as error:
+        raise _cannot_be_scored(task, f"{type(error).__name__}: {error!s:.300}") from error
+    figures = {} if loss is None else {"loss": float(loss.detach().float().mean())}
+    if not only_loss and outputs is not None and labels is not None:
+        try:
+            found = _metrics(trainer, outputs, labels)
+        except Exception as error:
+            if is_own and not isinstance(error, NoLabels):
+                raise _cannot_be_scored(task, str(error)) from error
+            return
+        if found is None:
+            return
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"compute_metrics of task {task.name!r} returned {found!r:.60}, a "
+                f"{type(found).__name__}; needed is a dict of figures by name."
+            )
+        figures |= found
+    prefixed = {name if name.startswith(f"{_PREFIX}_") else f"{_PREFIX}_{name}": figure
+                for name, figure in figures.items()}  # fmt: skip
+    score_of(task, figures_of(prefixed, _PREFIX))
+
+
+def _first_batch(trainer: Any, data: Any) -> Any:
+    """As the trainer's own loader makes it."""
+    count = min(EXAMPLES, len(data))
+    if isinstance(data, datasets.Dataset):
+        data = trainer._remove_unused_columns(data.select(range(count)), "evaluation")
+        return trainer.data_collator([data[i] for i in range(count)])
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator, "evaluation")
+    return collator([data[i] for i in range(count)])
+
+
+def _metrics(trainer: Any, outputs: Any, labels: Any) -> Any:
+    """None where the trainer's loop would hand over something else."""
+    args = trainer.args
+    if args.batch_eval_metrics or args.include_for_metrics or not args.eval_do_concat_batches:
+        return None
+    if trainer.preprocess_logits_for_metrics is not None:
+        outputs = trainer.preprocess_logits_for_metrics(outputs, labels)
+    prediction = EvalPrediction(nested_numpify(outputs), nested_numpify(labels))
+    return trainer.compute_metrics(prediction)
+
+
+def _cannot_be_scored(task: Task, why: str) -> ValueError:
+    return ValueError(
+        f"The first examples of the eval_dataset of task {task.name!r} cannot be scored: {why} "
+        "Needed are examples with the columns that the model takes and labels that its head has."
+    )
