@@ -102,6 +102,14 @@ def test_fisher_of_other_files(tmp_path, text_model, csv, suffix):
     assert EWCState.from_pretrained(out).tasks[0].num_examples == 4
 
 
+def test_a_folder_without_a_vocabulary(tmp_path, text_model, csv, capsys):
+    """Of a configuration alone comes a tokenizer to which every word is the unknown one."""
+    bert().save_pretrained(tmp_path / "model")
+    line = failed(capsys, "fisher", tmp_path / "model", csv, "-o", tmp_path / "state")
+    assert f"{tmp_path / 'model'} has no vocabulary" in line
+    assert not (tmp_path / "state").exists()
+
+
 def test_fisher_goes_on_from_an_earlier_state(tmp_path, text_model, csv):
     options = ["--num_samples", "2", "--fisher_type", "empirical", "--text", "text"]
     command = ["fisher", str(text_model), str(csv), *options]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -334,3 +335,45 @@ def test_a_score_of_outputs_that_are_no_numbers_is_missing():
     assert np.isnan(accuracy(given)["accuracy"])
     masked = np.array([[-np.inf, 0.0], [0.0, 1.0]])  # as of a class that is another task's
     assert accuracy(EvalPrediction(masked, np.array([1, 1])))["accuracy"] == 1.0
+
+
+# Weights that are not those that were saved
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 0x40
+    path.write_bytes(content)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flipped, emptied, Path.unlink])
+def test_a_run_does_not_go_on_from_damaged_weights(damage, tmp_path):
+    args = arguments(tmp_path, max_steps=2)
+    run_tasks(vit(), two_tasks()[:1], args, CONFIG)
+    (weights,) = tmp_path.glob("01-*/final/model.safetensors")
+    kept = weights.read_bytes()
+    damage(weights)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"{re.escape(str(weights))} is (damaged|missing)"):
+        run_tasks(vit(), two_tasks(), args, CONFIG)
+    assert (tmp_path / "results.json").read_bytes() == before
+    weights.write_bytes(kept)
+    assert run_tasks(vit(), two_tasks(), args, CONFIG).matrix.num_learnt == 2
+
+
+def test_weights_of_heads_are_known_too(tmp_path):
+    def of_own_head(task):
+        rows = [{**row, "labels": row["labels"] % 2} for row in task.train_dataset]
+        return Task(task.name, rows, rows, head=2)
+
+    sequence = [of_own_head(task) for task in two_tasks()]
+    args = arguments(tmp_path, max_steps=2)
+    run_tasks(vit(2), sequence[:1], args)
+    (heads,) = tmp_path.glob("01-*/final/heads.safetensors")
+    flipped(heads)
+    with pytest.raises(ValueError, match=r"heads\.safetensors is damaged"):
+        run_tasks(vit(2), sequence, args)

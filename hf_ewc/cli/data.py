@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import transformers
 
+from hf_ewc.cli.models import pretrained
 from hf_ewc.cli.sources import READERS, from_file
 from hf_ewc.tasks.token_scores import is_causal
 
@@ -57,7 +58,7 @@ def _of_folder(path: Path) -> Any:
 
 def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, Any]:
     """Tokens, and as labels the label's number or, for language models, the tokens themselves."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(given.model)
+    tokenizer = pretrained(transformers.AutoTokenizer, given.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     label = None if is_causal(model) else _label_column(data, given.label)
@@ -80,7 +81,7 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
 
 def _of_images(data: Any, image: str, model: Any, given: argparse.Namespace) -> tuple[Any, Any]:
     """Pixels and the label's number, prepared as they are asked for."""
-    processor = transformers.AutoImageProcessor.from_pretrained(given.model)
+    processor = pretrained(transformers.AutoImageProcessor, given.model)
     label = _label_column(data, given.label)
     names = getattr(data.features[label], "names", None)
     mode = {1: "L", 3: "RGB"}.get(getattr(model.config, "num_channels", 3), "RGB")

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import transformers
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 # PEFT's names of tasks, and its classes that load an adapter with its base.
 _WITH_ADAPTER = {
@@ -59,9 +60,16 @@ def pretrained(kind: Any, name: str, **options: Any) -> Any:
     """What `kind.from_pretrained(name)` gives: a model, its configuration or what prepares data.
 
     Raises:
-        ValueError: with the name, and what is wrong.
+        ValueError: with the name, and what is wrong, such as a tokenizer that knows no word.
     """
     try:
-        return kind.from_pretrained(name, **options)
+        found = kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} cannot be loaded as a model: {error}") from error
+    if isinstance(found, PreTrainedTokenizerBase) and len(found) <= len(found.all_special_ids):
+        raise ValueError(
+            f"{name} has no vocabulary: what is made of its configuration alone is a "
+            f"{type(found).__name__} that knows no word. Put its tokenizer's files beside the "
+            "weights, as tokenizer.save_pretrained(folder) does."
+        )
+    return found

@@ -60,6 +60,7 @@ class Record:
         searches: what was tried to find λ before each task, where it is looked for.
         fishers: what the Fisher of each task was, in JSON's types.
         aftermaths: what each task has done to the earlier ones, in JSON's types.
+        weights: SHA-256 of the files of weights after each task, by its folder's name.
         divergences: KL(before ‖ after) of each task on its own data, where that is asked for.
         importance: Σ F by layer in the state after the last task, where a process holds it whole.
     """
@@ -79,6 +80,7 @@ class Record:
         self.fishers: list[dict[str, Any]] = []
         self.aftermaths: list[dict[str, Any]] = []
         self.divergences: list[dict[str, Any]] = []
+        self.weights: dict[str, dict[str, str]] = {}
         self.importance: Mapping[str, LayerImportance] | None = None
 
     @property
@@ -108,6 +110,7 @@ class Record:
         self.fishers = content.get("fishers", [])
         self.aftermaths = content.get("aftermaths", [])
         self.divergences = content.get("divergences", [])
+        self.weights = content.get("weights", {})
 
     def failed(self, index: int) -> list[dict[str, Any]]:
         """The tries of task `index` that did not pass the gate as it is set now."""
@@ -118,6 +121,15 @@ class Record:
         """Keep what is known now of the search for a task's λ."""
         others = [known for known in self.searches if known.task != curve.task]
         self.searches = [*others, curve]
+
+    def note_weights(self, index: int) -> None:
+        """Keep what the weights are after task `index`."""
+        self.weights[self.folder.task(index).name] = self.folder.hashes(index)
+
+    def check_weights(self, index: int) -> None:
+        """Refuse weights after task `index` that are not those that were noted: a `ValueError`."""
+        known = self.weights.get(self.folder.task(index).name, {})  # earlier versions kept none
+        self.folder.check_weights(index, known)
 
     def take_back(self, index: int) -> None:
         """Forget the scores after task `index`, the last one."""
@@ -208,6 +220,7 @@ class Record:
             "metrics": self.metrics,
             "history": self.history,
             "steps": self.steps,
+            "weights": self.weights,
             **({"figures": self.figures} if self.plan.after_task is not None else {}),
             **({"tries": self.tries} if self.tries else {}),
             **({"fishers": self.fishers} if self.fishers else {}),

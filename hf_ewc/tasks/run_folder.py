@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from hf_ewc.files import write_atomically
+from hf_ewc.files import sha256, write_atomically
 from hf_ewc.tasks.task import Task
 
 logger = logging.getLogger("hf_ewc")
@@ -37,6 +37,10 @@ _WRITTEN = (
     *("special_tokens_map.json", "added_tokens.json", "preprocessor_config.json"),
     *("processor_config.json", "chat_template.jinja", "spiece.model"),
 )
+_WEIGHTS = (
+    *("model*.safetensors", "adapter_model*.safetensors", "heads.safetensors"),
+    *("pytorch_model*.bin", "adapter_model*.bin"),
+)
 _SAVED = re.compile(r"final|checkpoint-\d+")
 _WRITTEN_FOLDERS = ("global_step*", "pytorch_model_fsdp_*", "optimizer_[0-9]*", ".ewc_state-*.tmp")
 
@@ -61,6 +65,29 @@ class RunFolder:
     def model(self, index: int) -> Path:
         """The model and the EWC state after this task."""
         return self.task(index) / "final"
+
+    def hashes(self, index: int) -> dict[str, str]:
+        """SHA-256 of the files of weights after this task; the state's own files say theirs."""
+        folder = self.model(index)
+        return {
+            path.relative_to(folder).as_posix(): sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and any(fnmatch(path.name, name) for name in _WEIGHTS)
+        }
+
+    def check_weights(self, index: int, hashes: Mapping[str, str]) -> None:
+        """Refuse weights that are not those that were saved after this task: a `ValueError`."""
+        folder = self.model(index)
+        for name, known in hashes.items():
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing, which the run saved there.")
+            if sha256(folder / name) != known:
+                raise ValueError(
+                    f"{folder / name} is damaged, or another: it is not the file of which "
+                    f"{self.results} has the SHA-256 {known[:12]}…, and with other weights the run "
+                    "would go on as something else. Put the file back, or begin anew with "
+                    "resume=False."
+                )
 
     def check(self) -> None:
         """Refuse a folder with tasks of a run whose results are gone, or links to nowhere.

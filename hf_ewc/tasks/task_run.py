@@ -263,6 +263,7 @@ class TaskRun:
             self.protection.save_heads(self.folder.model(index))
 
     def _keep(self, index: int) -> None:
+        self.record.note_weights(index)
         self.record.write()
         if self.plan.sequence.keep_models == "last":
             for earlier in range(index):
@@ -371,6 +372,7 @@ class TaskRun:
     def _load(self, done: int) -> None:
         """Weights and state as they were after so many tasks, at least one."""
         folder = self.folder.model(done - 1)
+        by_main_process(lambda: self.record.check_weights(done - 1))
         self.space.put(self.plan.tasks[done - 1])
         self.growth.begin(done - 1, self.model)
         if lacks_adapter(self.model, self.plan):  # which the trainer of the first task has made
