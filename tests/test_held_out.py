@@ -101,6 +101,15 @@ def test_streams_are_refused(tmp_path):
         EWCTrainer(vit(), args, train_dataset=examples((0, 1), 1), ewc_config=HELD_OUT)
 
 
+@pytest.mark.parametrize("config", [HELD_OUT, None])
+def test_fewer_examples_than_a_batch_that_are_dropped_teach_nothing(config, tmp_path):
+    """Of eight examples one is held out; what is left makes no whole batch of eight."""
+    tasks = [Task("few", examples((0, 1), 8 if config else 7), examples((0, 1)))]
+    args = arguments(tmp_path, max_steps=3, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"Task 'few' was trained for no step.* of [67] examples"):
+        run_tasks(vit(), tasks, args, config)
+
+
 # ---- What a state says of each task ----
 
 

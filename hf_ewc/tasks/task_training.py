@@ -108,6 +108,7 @@ class TaskTraining:
                 let_it_be_wrapped(trainer)
                 trainer.train(resume_from_checkpoint=checkpoint)
         trainer.data_collator = collator
+        _refuse_no_step(trainer, plan.tasks[index].name)
         return mean
 
     def _all_heads(self, data: TrainingData) -> AbstractContextManager[None]:
@@ -115,3 +116,18 @@ class TaskTraining:
         if self._space.heads is None or not data.tagged:
             return nullcontext()
         return self._space.heads.all_registered()
+
+
+def _refuse_no_step(trainer: Any, name: str) -> None:
+    """What a Trainer only logs: of fewer examples than a batch, dropped, nothing is learnt."""
+    state, args = trainer.state, trainer.args
+    if state.global_step or not state.max_steps:
+        return
+    data, processes = trainer.train_dataset, args.world_size
+    examples = f"{len(data)} examples" if hasattr(data, "__len__") else "the examples"
+    raise ValueError(
+        f"Task {name!r} was trained for no step: no batch came of {examples} that were left to "
+        f"train on, {args.train_batch_size} for each of {processes} process(es) needed where "
+        f"dataloader_drop_last is {args.dataloader_drop_last}. Give more examples, smaller "
+        "batches, or keep the last one."
+    )
