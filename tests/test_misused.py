@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from test_tasks import arguments, two_tasks, vit
+from torch.utils.data import DataLoader, TensorDataset
 
 from hf_ewc import EWCState, Fisher, estimate_fisher, run_tasks
 from tests.models import Examples, bert
@@ -75,8 +78,39 @@ def test_what_a_fisher_holds(diagonal, message):
 
 
 def test_data_that_is_text(known):
-    with pytest.raises(TypeError, match="data is 'abc'; needed is a data set"):
+    with pytest.raises(TypeError, match="data is 'abc'; give a data set"):
         estimate_fisher(known[0], "abc")
+
+
+IDS, LABELS = torch.arange(12).view(4, 3), torch.tensor([0, 1, 0, 1])
+ROWS = {"input_ids": IDS.tolist(), "labels": LABELS.tolist()}
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (pd.DataFrame(ROWS), TypeError, "data is a pandas DataFrame"),
+        (DatasetDict(train=Dataset.from_dict(ROWS)), TypeError, "with the keys ['train']"),
+        (IDS, TypeError, "data is an array of the shape (4, 3)"),
+        (IDS.numpy(), TypeError, "data is an array of the shape (4, 3)"),
+        (TensorDataset(IDS, LABELS), TypeError, "an example of data is a tuple"),
+        ([[1, 2], [3, 4]], TypeError, "an example of data is a list"),
+        (["a good film"], TypeError, "an example of data is a str"),
+        ([None], TypeError, "an example of data is a NoneType"),
+        (DataLoader(TensorDataset(IDS, LABELS)), TypeError, "A batch is a list"),
+        (iter([(IDS, LABELS)]), TypeError, "A batch is a tuple"),
+        (iter([{"input_ids": IDS[0], "labels": 1}]), ValueError, "each is an example where a"),
+        (iter([{"input_ids": IDS[0], "labels": LABELS[0]}]), ValueError, "each is an example"),
+        (Dataset.from_dict({**ROWS, "labels": ["a", "b"] * 2}), ValueError, "such as 'a'"),
+        ([{"input_ids": IDS[0], "label": "spam"}], ValueError, "such as 'spam'"),
+        (Dataset.from_dict({"labels": []}), ValueError, "data is empty"),
+        (None, TypeError, "data is None"),
+        (3, TypeError, "data is 3"),
+    ],
+)
+def test_data_of_other_kinds(data, kind, message, known):
+    with pytest.raises(kind, match=re.escape(message)):
+        estimate_fisher(known[0], data)
 
 
 @pytest.mark.parametrize("source", [None, 3, ["runs"]])

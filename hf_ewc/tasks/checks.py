@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.config.checked import number
+from hf_ewc.fisher.examples.kinds import check_kind, check_label_numbers
 from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.heads import heads_of
 from hf_ewc.tasks.named_metrics import NamedMetrics
@@ -58,9 +59,9 @@ def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) 
         named |= {} if task.fisher_dataset is None else {"fisher": task.fisher_dataset}
         for kind, data in named.items():
             what = f"the {kind}_dataset of task {task.name!r}"
-            _check_kind(what, data)
+            check_kind(what, data)
             if task.data_collator is None and data_collator is None:
-                _check_labels(what, data)
+                check_label_numbers(what, data)
 
 
 def check_evaluated(tasks: Any, data_collator: Callable[..., Any] | None) -> None:
@@ -79,45 +80,9 @@ def check_evaluated(tasks: Any, data_collator: Callable[..., Any] | None) -> Non
                 "or give None."
             )
         what = f"the eval_dataset of task {task.name!r}"
-        _check_kind(what, task.eval_dataset)
+        check_kind(what, task.eval_dataset)
         if task.data_collator is None and data_collator is None:
-            _check_labels(what, task.eval_dataset)
-
-
-def _check_kind(what: str, data: Any) -> None:
-    library = type(data).__module__.split(".")[0]
-    if library in ("pandas", "polars", "pyarrow"):
-        raise TypeError(
-            f"{what} is a {library} {type(data).__name__}; give a data set of examples, such as "
-            "datasets.Dataset.from_pandas(table, preserve_index=False)."
-        )
-    if isinstance(data, Mapping):
-        raise TypeError(
-            f"{what} is a {type(data).__name__} with the keys {list(data)[:5]}; give one data set, "
-            "such as one split of a DatasetDict, or datasets.Dataset.from_dict(columns)."
-        )
-    if isinstance(data, (str, bytes)) or not (
-        data is None or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
-    ):
-        raise TypeError(f"{what} is {data!r:.60}; give a data set of examples.")
-    if hasattr(data, "__len__") and len(data) == 0:
-        raise ValueError(f"{what} is empty; give at least one example.")
-
-
-def _check_labels(what: str, data: Any) -> None:
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        return
-    example = data[0]
-    for column in ("labels", "label"):
-        label = example.get(column) if isinstance(example, Mapping) else None
-        first = label[0] if isinstance(label, (list, tuple)) and label else label
-        if isinstance(first, str):
-            raise ValueError(
-                f"the {column} of {what} are strings, such as {first!r}; needed are the numbers "
-                "of classes from 0: in a datasets.Dataset "
-                f"dataset.class_encode_column({column!r}), which counts them in alphabetical "
-                "order; every task's data must be numbered alike."
-            )
+            check_label_numbers(what, task.eval_dataset)
 
 
 def check_tasks(

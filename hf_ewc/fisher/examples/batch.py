@@ -316,6 +316,7 @@ def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[E
     """Batches that come collated, cut off after `num_samples` examples; packed rows taken apart."""
     seen = 0
     for inputs in _unpacked(map(as_mapping, data)):
+        _refuse_example(inputs)
         size = batch_length(inputs)
         batch = ExampleBatch(inputs, list(range(seen, seen + size)))
         if num_samples is not None and seen + size > num_samples:
@@ -325,6 +326,16 @@ def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[E
         seen += size
         if num_samples is not None and seen >= num_samples:
             return
+
+
+def _refuse_example(inputs: Mapping[str, Any]) -> None:
+    labels = next((v for n in LABEL_NAMES if (v := inputs.get(n)) is not None), None)
+    if isinstance(labels, (int, float)) or (isinstance(labels, Tensor) and labels.dim() == 0):
+        raise ValueError(
+            f"The data are an iterable whose elements have one label ({labels!r:.40}): each is an "
+            "example where a batch of them is needed. Give a data set, such as list(data), or a "
+            "data_collator."
+        )
 
 
 def _unpacked(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

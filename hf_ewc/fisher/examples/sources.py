@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -30,6 +31,7 @@ from hf_ewc.fisher.examples.batch import (
     numbered_batches,
 )
 from hf_ewc.fisher.examples.choice import choose, labels_of
+from hf_ewc.fisher.examples.kinds import check_kind, check_label_numbers, check_named
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def source_of(data: Any, collator: Collator | None, wanted: Selection) -> Source
             return _from_loader(data, wanted)
         _refuse_shared(data, wanted.world)
     if _is_indexable(data):
-        _refuse_empty(data)
+        if collator is None:
+            check_named("data", data)
+            check_label_numbers("data", data)
         batches = isinstance(data, (list, tuple)) and looks_collated(data[0])
         if collator is not None or not batches:
             source = _from_examples(data, collator or default_data_collator, wanted)
@@ -110,7 +114,6 @@ def _from_examples(data: Any, collate: Collator, wanted: Selection) -> Source:
 def _from_loader(loader: DataLoader[Any], wanted: Selection) -> Source:
     """The examples of the loader's data set, collated as the loader does it, by its workers."""
     data, collate = loader.dataset, loader.collate_fn
-    _refuse_empty(data)
     chosen = _chosen(data, wanted)
     share = chosen[wanted.rank :: wanted.world]
     size: int = loader.batch_size or wanted.batch_size
@@ -166,12 +169,11 @@ def _shared(stream: Iterator[ExampleBatch], wanted: Selection) -> Source:
 
 
 def _is_indexable(data: Any) -> bool:
-    if isinstance(data, Mapping):
+    if isinstance(data, Mapping) and any(isinstance(value, Tensor) for value in data.values()):
         raise TypeError("data is a dict; needed is a data set, or an iterable of batches: [batch].")
-    if isinstance(data, (str, bytes)):
-        raise TypeError(f"data is {data!r:.60}; needed is a data set or iterable, not its name.")
-    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise TypeError(f"data is a {type(data).__name__}; needed is a data set or iterable.")
+    if data is None:
+        raise TypeError("data is None; needed is a data set or iterable.")
+    check_kind("data", data)
     return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
@@ -201,8 +203,3 @@ def _refuse_shared(loader: DataLoader[Any], world: int) -> None:
             "whole data set with a length. Pass the data set with its data_collator, or the "
             "DataLoader as it was before prepare(); the examples are then shared out here."
         )
-
-
-def _refuse_empty(data: Sequence[Any] | Any) -> None:
-    if len(data) == 0:
-        raise ValueError("The data set is empty; the Fisher is a mean over at least one example.")
