@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_ewc import EWCConfig, EWCState, Task, run_tasks
+from hf_ewc import EWCConfig, EWCState, EWCTrainer, Task, run_tasks
 from hf_ewc.tasks.evaluation import accuracy
 from hf_ewc.tasks.scenario import guess_scenario, labels_of
 from tests.processes import FORKS
@@ -340,6 +340,56 @@ def test_killed_at_several_moments_it_ends_with_the_same_result(tmp_path):
         content.pop("checksum")
         content.pop("environment")  # the commit changes with whoever edits meanwhile
     assert results[0] == results[1]
+
+
+class EndedAtSave(TrainerCallback):
+    """Ends the process, as far as a run can tell, when its checkpoint of a step is whole."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", [Trainer, EWCTrainer])
+@pytest.mark.parametrize(("steps", "per_epoch"), [(5, 3), (6, 3), (2, 3), (1, 1)])
+def test_a_run_ended_after_its_last_step_takes_no_further_one(kind, steps, per_epoch, tmp_path):
+    """Nor does a trainer by itself, with EWC; the last step may lie in the middle of an epoch."""
+    config = CONFIG if kind is EWCTrainer else None
+
+    def run(folder, *callbacks):
+        model = vit()
+        options = dict(max_steps=steps, save_strategy="steps", save_steps=steps)
+        size = dict(per_device_train_batch_size=24 // per_epoch)
+        args = arguments(tmp_path / folder, **options, **size)
+        run_tasks(model, two_tasks(), args, config, trainer_class=kind, callbacks=list(callbacks))
+        return model, json.loads((tmp_path / folder / "results.json").read_text())
+
+    whole, expected = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", EndedAtSave(steps))
+    resumed, found = run("cut")
+    assert found["steps"] == expected["steps"] == [steps, steps]
+    assert same_weights(resumed, whole)
+
+
+def test_a_trainer_that_goes_on_from_its_last_step_takes_none(tmp_path):
+    def trainer():
+        options = dict(max_steps=5, save_strategy="steps", save_steps=5)
+        return EWCTrainer(
+            vit(),
+            arguments(tmp_path, **options),
+            train_dataset=examples((0, 1)),
+            ewc_config=CONFIG,
+        )
+
+    whole, again = trainer(), trainer()
+    whole.train()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+    assert same_weights(again.model, whole.model)
 
 
 def test_further_tasks_go_behind_those_that_are_done(tmp_path):

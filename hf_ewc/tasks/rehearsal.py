@@ -16,7 +16,6 @@ from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_sharded
 from hf_ewc.tasks.evaluation import NoLabels, figures_of, scoring
 from hf_ewc.tasks.label_space import LabelSpace
-from hf_ewc.tasks.main_process import by_main_process
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Task, score_of
 from hf_ewc.training.held_out import has_rows
@@ -31,9 +30,10 @@ def rehearse(
 ) -> None:
     """Score the first examples of the tasks' evaluation data, leaving everything as it was.
 
-    The main process does it, without the trainer's loop, loaders and callbacks. Not looked at are
-    streams, models in shards, and trainers that evaluate in a way of their own. What users' metrics
-    raise is left alone: few examples may be too few for them.
+    Without the trainer's loop, loaders and callbacks; of several processes each looks at the same
+    examples, since a trainer's loss may ask the others. Not looked at are streams, models in
+    shards, and trainers that evaluate in a way of their own. What users' metrics raise is left
+    alone: few examples may be too few for them.
 
     Raises:
         ValueError: they cannot be run, or bring no score; with the task's name.
@@ -43,18 +43,15 @@ def rehearse(
     if not _evaluates_plainly(trainer) or any(map(is_sharded, model.parameters())):
         return
 
-    def rehearse_all() -> None:
-        for task in tasks:
-            if not has_rows(task.eval_dataset):
-                continue
-            with (
-                evaluated_as_if_not_run(trainer, model),
-                scoring(trainer, task, plan, collator),
-                space.of(task),
-            ):
-                _rehearse(trainer, task, is_own=not (task.compute_metrics or plan.compute_metrics))
-
-    by_main_process(rehearse_all)
+    for task in tasks:
+        if not has_rows(task.eval_dataset):
+            continue
+        with (
+            evaluated_as_if_not_run(trainer, model),
+            scoring(trainer, task, plan, collator),
+            space.of(task),
+        ):
+            _rehearse(trainer, task, is_own=not (task.compute_metrics or plan.compute_metrics))
 
 
 def _evaluates_plainly(trainer: Any) -> bool:

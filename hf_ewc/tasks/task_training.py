@@ -23,6 +23,7 @@ from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
 from hf_ewc.tasks.training_data import TrainingData
 from hf_ewc.tasks.ways import additions, adds_to_steps, average, trained
+from hf_ewc.training.last_step import none_beyond_the_last_step
 from hf_ewc.training.prepared import let_it_be_wrapped
 
 
@@ -106,7 +107,8 @@ class TaskTraining:
                     trainer.additions = additions(plan, index, model, self._space, views)
                 mean = average(plan, index, model, self._protection)
                 let_it_be_wrapped(trainer)
-                trainer.train(resume_from_checkpoint=checkpoint)
+                with none_beyond_the_last_step(trainer):
+                    trainer.train(resume_from_checkpoint=checkpoint)
         trainer.data_collator = collator
         _refuse_no_step(trainer, plan.tasks[index].name)
         return mean

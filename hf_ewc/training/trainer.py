@@ -23,6 +23,7 @@ from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.estimation import fisher_of
 from hf_ewc.training.final_weights import use_final_weights
 from hf_ewc.training.held_out import hold_out
+from hf_ewc.training.last_step import none_beyond_the_last_step
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
 from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
 from hf_ewc.training.preferences import Likelihood
@@ -376,7 +377,7 @@ class EWCMixin(StateHolder):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._ewc_resume(resume_from_checkpoint)
-        with self._ewc_watching():
+        with self._ewc_watching(), none_beyond_the_last_step(self):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         loss = output.metrics.get("train_loss", output.training_loss)
         return output._replace(training_loss=loss) if self._ewc_penalty is not None else output

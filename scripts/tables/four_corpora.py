@@ -3,8 +3,9 @@
     scripts/reproduce four_corpora [--only plain EWC ...] [--seeds N]
 
 All of MiniLM is trained in bf16, each corpus with classes of its own, on 200 texts of 48 tokens at
-most; 100 test texts each. No setting was tuned: EWC is the untouched `EWCConfig()`, LoRA has the
-learning rate that `clinc150` has for it.
+most; 100 test texts each, five epochs. The learning rate is that of two (2e-4, 5e-4) at which plain
+training learns more with `--validation`. EWC is the untouched `EWCConfig()`, LoRA has the learning
+rate that `clinc150` has for it, and the other settings were set once.
 """
 
 from functools import partial
@@ -64,7 +65,7 @@ def sequence_of(options: TableOptions) -> TaskSequence:
         tasks,
         partial(BertForSequenceClassification.from_pretrained, options.minilm,
                 num_labels=len(heads)),
-        {"learning_rate": 1e-4, "num_train_epochs": 3, "per_device_train_batch_size": 16,
+        {"learning_rate": 2e-4, "num_train_epochs": 5, "per_device_train_batch_size": 16,
          "per_device_eval_batch_size": 100, "lr_scheduler_type": "linear",
          "remove_unused_columns": True, "bf16": True,
          "use_cpu": not torch.cuda.is_available()},
