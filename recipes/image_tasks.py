@@ -1,6 +1,7 @@
 """Tasks of images with labels: from folders, files, arrays or the Hub, as pixels for a model."""
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,13 +13,16 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from labelled_data import TABLES, DataArguments, LabelledTask, Part
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoImageProcessor, PretrainedConfig
 
 from hf_ewc.cli.models import pretrained
 from hf_ewc.cli.sources import check_file
 
+logger = logging.getLogger("hf_ewc")
+
+_SIXTEEN_BITS, _TOO_DARK = 0xFFFF, 0x1000  # 12 bits
 Pixels = Callable[[Sequence[Image.Image]], Tensor]  # images to [N, channels, height, width]
 
 
@@ -87,6 +91,7 @@ def _of_folder(folder: str) -> Dataset:
         raise ValueError(f"{folder} is no folder (seen from {Path.cwd()}).")
     classes = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not _is_hidden(p))
     found = [(str(path), k) for k, each in enumerate(classes) for path in _images_below(each)]
+    _tell_left_out([path for each in classes for path in _left_out(each)], folder)
     if not found:
         raise ValueError(
             f"{folder} has no images in folders; needed is one folder for each class, named after "
@@ -102,15 +107,38 @@ def _of_folder(folder: str) -> Dataset:
     return Dataset.from_dict(columns, Features(image=datasets.Image(decode=False), label=label))
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> list[Path]:
     """By their names; without the hidden files that systems and editors leave behind."""
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in Image.registered_extensions()
-        and path.is_file()
-        and not any(map(_is_hidden, (path, *path.relative_to(folder).parents)))
+        if path.is_file() and not any(map(_is_hidden, (path, *path.relative_to(folder).parents)))
     ]
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return [path for path in _files_below(folder) if _may_be_image(path)]
+
+
+def _left_out(folder: Path) -> list[Path]:
+    return [path for path in _files_below(folder) if not _may_be_image(path)]
+
+
+def _may_be_image(path: Path) -> bool:
+    return path.suffix.lower() in Image.registered_extensions()
+
+
+def _tell_left_out(paths: list[Path], folder: str) -> None:
+    """Of kinds that Pillow does not know, such as a phone's .heic."""
+    if paths:
+        kinds = ", ".join(sorted({path.suffix.lower() or path.name for path in paths})[:5])
+        logger.warning(
+            "Left out %d files of %s that are no images by their endings (%s), such as %s.",
+            len(paths),
+            folder,
+            kinds,
+            paths[0],
+        )
 
 
 def _is_hidden(path: Path) -> bool:
@@ -217,10 +245,33 @@ def with_pixels(part: Part, task: ImageTask, rows: dict[str, int], pixels: Pixel
         images = [_loaded(value, part.where) for value in batch["pixel_values"]]
         return {**batch, "pixel_values": pixels(images)}
 
-    for value in [] if task.dataset_name else part.column(task.image):
-        _loaded(value, part.where)
+    brightest = max(
+        (_deepest(value, part.where) for value in _local(part, task)), default=_SIXTEEN_BITS
+    )
+    if brightest < _TOO_DARK:
+        raise ValueError(
+            f"{part.where} has grey images of 16 bits, and none has a pixel above {brightest}: of "
+            f"their {_SIXTEEN_BITS} shades the upper 8 bits are taken, which leaves these nearly "
+            "black. Scale them to the whole range, or save them with 8 bits."
+        )
     data = part.with_labels([task.image], rows).rename_column(task.image, "pixel_values")
     return data.with_transform(ready)
+
+
+def _local(part: Part, task: ImageTask) -> list[Any]:
+    """The images that are at hand and can be looked at before they are used."""
+    return [] if task.dataset_name else part.column(task.image)
+
+
+def _deepest(value: Any, where: str) -> int:
+    """The brightest pixel of a grey image of 16 bits; as bright as can be of any other."""
+    with _opened(value, where) as image:
+        is_deep = image.mode.startswith("I")
+    image = _loaded(value, where)
+    if not is_deep:
+        return _SIXTEEN_BITS
+    with _opened(value, where) as deep:
+        return int(np.asarray(deep).max())
 
 
 def _loaded(value: Any, where: str) -> Image.Image:
@@ -229,7 +280,7 @@ def _loaded(value: Any, where: str) -> Image.Image:
             image.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise _unreadable(value, where, error) from error
-        return _of_eight_bits(image, value, where)
+        return _of_eight_bits(ImageOps.exif_transpose(image), value, where)  # upright
 
 
 def _of_eight_bits(image: Image.Image, value: Any, where: str) -> Image.Image:

@@ -21,6 +21,7 @@ import torch
 import transformers
 from text_domains import DomainArguments, domains_of, examples_of
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -29,6 +30,7 @@ from transformers import (
 
 from hf_ewc import EWCConfig, EWCMixin, EWCState, EWCTrainer, SequenceConfig, Task
 from hf_ewc.cli.arguments import one_line_errors, parse_arguments
+from hf_ewc.cli.lengths import fitting_length
 from hf_ewc.cli.lora import LoraArguments, with_lora
 from hf_ewc.cli.methods import MethodArguments, checked_methods, learn
 from hf_ewc.cli.models import pretrained
@@ -83,6 +85,8 @@ def main() -> None:
         tokenizer = pretrained(AutoTokenizer, own.model_name_or_path)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        config = pretrained(AutoConfig, own.model_name_or_path)
+        own.block_size = fitting_length("block_size", own.block_size, tokenizer, config)
         tasks, others, general = prepared(own, tokenizer)
         options = dict(
             processing_class=tokenizer,

@@ -19,6 +19,7 @@ import transformers
 from labelled_data import check_growth, load_all, names_of_head, rows_of_head, tasks_of
 from text_tasks import TextArguments, TextTask, tokenized
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -27,6 +28,7 @@ from transformers import (
 
 from hf_ewc import EWCConfig, SequenceConfig, Task
 from hf_ewc.cli.arguments import one_line_errors, parse_arguments
+from hf_ewc.cli.lengths import fitting_length
 from hf_ewc.cli.lora import LoraArguments, with_lora
 from hf_ewc.cli.methods import MethodArguments, checked_methods, learn
 from hf_ewc.cli.models import pretrained
@@ -84,9 +86,12 @@ def prepared(own: Arguments, sequence: SequenceConfig) -> tuple[list[Task], Any,
     tokenizer = pretrained(AutoTokenizer, own.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = pretrained(AutoConfig, own.model_name_or_path)
+    texts = max(len(task.columns) for task in own.tasks)
+    length = fitting_length("max_length", own.max_length, tokenizer, config, texts=texts)
 
     def tokenize(*texts: list[str]) -> Any:
-        return tokenizer(*texts, truncation=True, max_length=own.max_length)
+        return tokenizer(*texts, truncation=True, max_length=length)
 
     def make_model() -> Any:
         model = pretrained(

@@ -1,7 +1,9 @@
 """The recipe of image classification: in one and two processes, its data, and what it refuses."""
 
 import sys
+from contextlib import nullcontext
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tests.recipe import run_recipe
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import sequential_image_classification as recipe
-from image_tasks import ImageTask, permuted, pixels_for, with_pixels
+from image_tasks import ImageTask, _loaded, _of_folder, permuted, pixels_for, with_pixels
 from labelled_data import load, split_up
 
 NAME = "sequential_image_classification"
@@ -167,6 +169,48 @@ def test_the_order_of_pixels_is_the_tasks_own():
     assert not torch.equal(first, other)
     assert torch.equal(first.flatten().sort().values, plain([image]).flatten().sort().values)
     assert torch.equal(first[0] + 1 / 255, first[1])  # all channels alike
+
+
+def test_photos_that_lie_on_their_side_are_put_upright(tmp_path):
+    """As `datasets` puts them; a camera notes how it was held, and keeps the pixels as they are."""
+    bright_above = np.zeros((4, 8, 3), np.uint8)
+    bright_above[:2] = 200
+    image = Image.fromarray(bright_above)
+    (tmp_path / "cat").mkdir()
+    for orientation in (1, 3, 6, 8):
+        image.getexif()[0x0112] = orientation
+        image.save(tmp_path / "cat" / f"{orientation}.png", exif=image.getexif())
+    data = _of_folder(str(tmp_path))
+    decoded = data.cast_column("image", datasets.Image())
+    for row, expected in zip(data, decoded, strict=True):
+        found = _loaded(row["image"], "there")
+        assert np.array_equal(np.asarray(found), np.asarray(expected["image"]))
+    assert np.asarray(_loaded(data[1]["image"], "there"))[:2].max() == 0  # upside down
+
+
+def test_files_that_are_left_out_of_a_folder_are_told(tmp_path, caplog):
+    (tmp_path / "cat" / "more").mkdir(parents=True)
+    picture(1).save(tmp_path / "cat" / "1.png")
+    for name in ("2.heic", "more/3.HEIC", "notes.txt", ".DS_Store"):
+        (tmp_path / "cat" / name).write_text("something")
+    assert len(_of_folder(str(tmp_path))) == 1
+    (told,) = caplog.messages
+    assert "Left out 3 files" in told
+    assert "(.heic, .txt)" in told
+
+
+@pytest.mark.parametrize(("brightest", "is_refused"), [(255, True), (4095, True), (60_000, False)])
+def test_grey_of_sixteen_bits_that_would_be_black(brightest, is_refused, tmp_path):
+    (tmp_path / "cat").mkdir()
+    for k in range(2):
+        grey = np.linspace(0, brightest / (2 - k), 64).astype(np.uint16).reshape(8, 8)
+        Image.fromarray(grey).save(tmp_path / "cat" / f"{k}.png")
+    entry = {"name": "t", "train_folder": str(tmp_path), "eval_folder": str(tmp_path)}
+    task = ImageTask.from_entry(entry, 1)
+    part = load(task, None, None).train
+    refused = pytest.raises(ValueError, match=f"none has a pixel above {brightest}")
+    with refused if is_refused else nullcontext():
+        with_pixels(part, task, {"cat": 0}, pixels_for(ViTConfig(**VIT), None))
 
 
 # ---- What is refused, in one line ----

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import transformers
 
+from hf_ewc.cli.lengths import fitting_length
 from hf_ewc.cli.models import pretrained
 from hf_ewc.cli.sources import READERS, from_file
 from hf_ewc.tasks.token_scores import is_causal
@@ -64,7 +65,9 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
     label = None if is_causal(model) else _label_column(data, given.label)
     texts = given.text or _text_columns(data, label)
     _check_columns(data, texts)
-    longest = given.max_length or min(tokenizer.model_max_length, _positions(model))
+    longest = fitting_length(
+        "--max_length", given.max_length, tokenizer, model.config, texts=len(texts[:2])
+    )
 
     def prepared(rows: dict[str, list[Any]]) -> dict[str, Any]:
         columns = (rows[name] for name in texts[:2])
@@ -129,8 +132,3 @@ def _label(value: Any, model: Any) -> int | float:
     if value is None or not 0 <= value < model.config.num_labels:
         raise ValueError(f"a label is {value}; the model has 0 to {model.config.num_labels - 1}.")
     return int(value)
-
-
-def _positions(model: Any) -> int:
-    """The most tokens that the model takes."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
