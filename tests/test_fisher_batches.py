@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import fisher_oracle as oracle
@@ -355,6 +357,11 @@ def test_a_proof_holds_for_batches_alike_and_is_remembered(proofs):
     assert len(proofs) == 4
 
 
+@dataclass
+class Options:
+    time_first: bool = False
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -365,6 +372,10 @@ def test_a_proof_holds_for_batches_alike_and_is_remembered(proofs):
         lambda model: setattr(model.modes, "time_first", True),
         lambda model: model.axes.append(0),
         lambda model: model.switch.fill_(1),
+        lambda model: setattr(model.args, "time_first", True),
+        lambda model: setattr(model.options, "time_first", True),
+        lambda model: model.flag.fill_(True),
+        lambda model: setattr(type(model), "way", "time first"),
         lambda model: model.late.requires_grad_(False),
     ],
     ids=[
@@ -375,17 +386,72 @@ def test_a_proof_holds_for_batches_alike_and_is_remembered(proofs):
         "a namespace",
         "a list",
         "a tensor",
+        "arguments",
+        "a dataclass",
+        "a buffer",
+        "a class attribute",
         "a frozen layer",
     ],
 )
-def test_a_model_that_has_changed_is_proved_anew(change, proofs):
+def test_a_model_that_has_changed_is_proved_anew(change, proofs, monkeypatch):
+    monkeypatch.setattr(Sometimes, "way", "batch first", raising=False)
     model = Sometimes()
+    model.args, model.options = Namespace(time_first=False), Options()
+    model.register_buffer("flag", torch.tensor(False))
     model.modes, model.axes = SimpleNamespace(time_first=False), []
     model.switch = torch.tensor(0)
     estimate_fisher(model, iter([batch_of(4, 1)]))
     change(model)
     estimate_fisher(model, iter([batch_of(4, 1)]))
     assert len(proofs) == 2
+
+
+class Trimmed(nn.Module):
+    """Takes as many positions as the longest text of a batch has, and the mean over these."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x, attention_mask, labels=None):
+        longest = int(attention_mask.sum(1).max())
+        return {"logits": self.head(torch.tanh(self.inner(x[:, :longest])).mean(1))}
+
+
+def test_a_proof_on_texts_of_one_length_is_none_for_texts_of_several():
+    def texts(*lengths):
+        masks = (torch.arange(8) < torch.tensor(lengths)[:, None]).float()
+        batch = batch_of(4, 2, attention_mask=masks)
+        return [{name: value[n] for name, value in batch.items()} for n in range(4)]
+
+    model, options = Trimmed(), dict(fisher_type="empirical", batch_size=4)
+    estimate_fisher(model, texts(8, 8, 8, 8), **options)
+    rows = texts(8, 3, 2, 5)
+    with pytest.warns(UserWarning, match="differs from single examples"):
+        fisher = estimate_fisher(model, rows, **options)
+    expected = by_hand(model, rows, lambda rows: {k: v[None] for k, v in rows[0].items()})
+    oracle.assert_close(fisher.diagonal, expected)
+
+
+class Mixing(nn.Module):
+    """Adds a little of the batch's mean to each example."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, labels=None):
+        hidden = torch.tanh(self.inner(x))
+        return {"logits": self.head(hidden + 0.5 * hidden.mean(0, keepdim=True))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_little_of_the_others_is_seen_in_half_precision_too(dtype):
+    batch = {"x": randn(8, 6, seed=1).to(dtype), "labels": torch.arange(8) % 3}
+    with pytest.warns(UserWarning, match="differs from single examples"):
+        estimate_fisher(Mixing().to(dtype), iter([batch]), fisher_type="empirical")
 
 
 class Normalized(nn.Module):

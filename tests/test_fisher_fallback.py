@@ -192,16 +192,18 @@ def test_an_input_may_be_shared_by_the_batch(share):
 class Rounded(nn.Module):
     """Rounds otherwise alone than among others, as kernels of half precision do."""
 
-    def __init__(self, outputs, problem_type=None, rounding=0.15):
+    def __init__(self, outputs, rounding):
         super().__init__()
         torch.manual_seed(0)
         self.head, self.rounding = nn.Linear(6, outputs), rounding
-        self.config = SimpleNamespace(problem_type=problem_type, num_labels=outputs)
+        self.level = 5.0  # beside which it is rounding
+        self.config = SimpleNamespace(problem_type=None, num_labels=outputs)
         with torch.no_grad():
+            self.head.weight.mul_(0.01)
             self.head.bias.zero_()
 
     def forward(self, x, labels=None):
-        logits = self.head(x)
+        logits = self.head(x) + self.level
         wave = torch.arange(logits.shape[-1]).cos()
         return {"logits": logits + self.rounding * wave * (len(x) == 1)}
 
@@ -212,26 +214,14 @@ def tokens(outputs):
     return {"x": x, "labels": torch.arange(64).view(4, 16) % outputs}
 
 
-def yes_or_no(outputs):
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    return {"x": x, "labels": torch.ones(4, outputs)}
-
-
 @pytest.mark.parametrize(
-    ("fisher_type", "outputs", "problem_type", "data", "rounding"),
-    [
-        ("sampled", 20_000, None, tokens, 0.15),
-        ("sampled", 2_000, "multi_label_classification", yes_or_no, 0.15),
-        ("exact", 40, None, tokens, 0.05),
-    ],
+    ("fisher_type", "outputs", "rounding"), [("sampled", 20_000, 0.3), ("exact", 40, 0.1)]
 )
-def test_rounding_decides_no_label_otherwise_for_an_example_alone(
-    fisher_type, outputs, problem_type, data, rounding
-):
+def test_rounding_decides_no_label_otherwise_for_an_example_alone(fisher_type, outputs, rounding):
     """A drawn label flips at the least difference, and the order of classes that are as likely."""
-    model = Rounded(outputs, problem_type, rounding)
+    model = Rounded(outputs, rounding)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        estimate_fisher(model, [data(outputs)], fisher_type=fisher_type, fallback="error")
+        estimate_fisher(model, [tokens(outputs)], fisher_type=fisher_type, fallback="error")
 
 
 class Looked(nn.Module):

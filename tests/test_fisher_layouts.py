@@ -357,3 +357,89 @@ def test_labels_in_a_list_are_said_to_be():
 
     with pytest.raises(ValueError, match=r"'labels' is a list in a batch; needed is a tensor"):
         estimate_fisher(Sized(), rows, data_collator=collate)
+
+
+# Examples with several rows each, in another order than one after another
+
+
+class Pairs(nn.Module):
+    """Compares the first half of what it gets with the second."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, views, labels=None):
+        views = torch.stack(views) if isinstance(views, list) else views
+        first, second = torch.tanh(self.inner(views)).chunk(2)
+        return {"logits": self.head((first - second).abs())}
+
+
+def pairs_of(kind):
+    def collate(rows):
+        views = [row["first"] for row in rows] + [row["second"] for row in rows]
+        views = views if kind == "list" else torch.stack(views)
+        return {"views": views, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    return collate
+
+
+@pytest.mark.filterwarnings("ignore:The one-backward", "ignore:The examples of a batch")
+@pytest.mark.parametrize("kind", ["tensor", "list"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_pairs_that_lie_view_by_view(kind, size):
+    model, rows = Pairs(), []
+    for n in range(8):
+        first, second = torch.randn(2, 4, generator=torch.Generator().manual_seed(n))
+        rows.append({"first": first, "second": second, "labels": n % 3})
+    options = dict(data_collator=pairs_of(kind), batch_size=size, fisher_type="empirical")
+    fisher = estimate_fisher(model, rows, **options)
+    expected = by_hand(model, rows, pairs_of("tensor"))
+    oracle.assert_close(fisher.diagonal, expected)
+
+
+class Contrast(nn.Module):
+    """Scores each first against all seconds of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(4, 5), nn.Linear(4, 5)
+
+    def forward(self, first, second, labels=None):
+        return {"logits": self.one(first) @ self.other(second).T}
+
+
+def test_labels_that_are_places_in_the_batch_are_refused():
+    def collate(rows):
+        found = {name: torch.stack([row[name] for row in rows]) for name in ("first", "second")}
+        return {**found, "labels": torch.arange(len(rows))}
+
+    rows = [{"first": torch.randn(4), "second": torch.randn(4)} for _ in range(8)]
+    with pytest.raises(ValueError, match="their places in the batch"):
+        estimate_fisher(Contrast(), rows, data_collator=collate, batch_size=4)
+
+
+def test_a_collator_that_writes_into_the_examples_arrays_does_so_once():
+    """Here it scales them, and its rows cannot be told apart, so that each is collated anew."""
+
+    def collate(rows):
+        for row in rows:
+            row["first"].mul_(3)
+        return pairs_of("tensor")(rows)
+
+    def made():
+        rows = []
+        for n in range(4):
+            first, second = torch.randn(2, 4, generator=torch.Generator().manual_seed(n))
+            rows.append({"first": first, "second": second, "labels": n % 3})
+        return rows
+
+    options = dict(data_collator=collate, fisher_type="empirical")
+    with pytest.warns(UserWarning, match="The examples of a batch"):
+        found = estimate_fisher(Pairs(), made(), batch_size=4, **options)
+    expected = by_hand(
+        Pairs(), [{**row, "first": row["first"] * 3} for row in made()], pairs_of("tensor")
+    )
+    oracle.assert_close(found.diagonal, expected)

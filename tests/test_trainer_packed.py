@@ -19,11 +19,14 @@ from hf_ewc import estimate_fisher
 from hf_ewc.config import EWCConfig
 from hf_ewc.training.packed_rows import taken_apart
 from hf_ewc.training.trainer import EWCTrainer
+from tests.models import bert
 from tests.test_trainer_trl import RAW, SETTINGS, sft, small_llama, tokenizer
 from tests.training import LAMBDA, relative_error
 
 LENGTHS = [[3, 4], [5], [2, 2, 3]]
 DOCUMENTS = 6
+
+CAUSAL = small_llama()
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning", "ignore:.*[Ff]lash"
@@ -130,19 +133,42 @@ def with_positions(positions: Any, **columns: Any) -> list[dict[str, Any]]:
 )
 def test_a_row_that_is_not_packed_stays_whole(whole: list[dict[str, Any]]) -> None:
     data = Dataset.from_list(whole)
-    assert taken_apart(data) is data
-    apart = list(taken_apart(streamed(data)))
+    assert taken_apart(data, CAUSAL) is data
+    apart = list(taken_apart(streamed(data), CAUSAL))
     assert [one["input_ids"] for one in apart] == [one["input_ids"] for one in whole]
     counted = [0, 1, 2, 3]  # are the model's own positions
     expected = [{k: v for k, v in one.items() if v != counted} for one in whole]
     assert apart == expected
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [{}, {"seq_lengths": [2, 2]}, {"seq_lengths": 4}],
+    ids=["positions", "lengths of both texts", "a length"],
+)
+def test_a_model_that_sees_the_whole_row_is_given_it(columns: dict[str, Any]) -> None:
+    """An encoder, whose positions begin again in the second text of a pair."""
+    encoder = bert()
+    data = Dataset.from_list(with_positions([0, 1, 0, 1], labels=[0, 1, 0, 1], **columns))
+    assert taken_apart(data, encoder) is data
+    assert [*taken_apart(streamed(data), encoder)] == [*data]
+
+
+def test_other_lengths_of_a_row_are_none_of_documents() -> None:
+    for columns in ({"seq_lengths": 4}, {"seq_lengths": [1, 1]}):
+        data = Dataset.from_list(with_positions([0, 1, 2, 3], **columns))
+        assert taken_apart(data, CAUSAL) is data
+        assert [one["input_ids"] for one in taken_apart(streamed(data), CAUSAL)] == [[5, 6, 7, 8]]
+
+
 def test_what_is_there_for_each_token_goes_with_it() -> None:
     lengths = {"seq_lengths": [1, 3], "weights": [[1], [2], [3], [4]], "title": "ab"}
     data = Dataset.from_list(with_positions([0, 0, 1, 2], **lengths))
-    apart = taken_apart(data)
-    for found in (list(taken_apart(streamed(data))), [apart[place] for place in range(len(apart))]):
+    apart = taken_apart(data, CAUSAL)
+    for found in (
+        list(taken_apart(streamed(data), CAUSAL)),
+        [apart[place] for place in range(len(apart))],
+    ):
         assert [one["input_ids"] for one in found] == [[5], [6, 7, 8]]
         assert [one["weights"] for one in found] == [[[1]], [[2], [3], [4]]]
         assert [one["seq_lengths"] for one in found] == [[1], [3]]

@@ -18,6 +18,7 @@ from hf_ewc.config.checked import integer
 from hf_ewc.fisher.counts import Counts
 from hf_ewc.fisher.estimation import Estimation, warn_of_slowness
 from hf_ewc.fisher.examples.batch import Collator
+from hf_ewc.fisher.examples.packed import keeps_documents_apart
 from hf_ewc.fisher.examples.sources import Selection, source_of
 from hf_ewc.fisher.likelihood.own_loss import StatedLoss
 from hf_ewc.fisher.passes import LogLikelihood, Passes, Plan
@@ -124,7 +125,8 @@ def estimate_fisher(
             in_step=is_sharded(selected),
         )
         rank, size = processes.rank, processes.size
-        wanted = Selection(num_samples, batch_size, stratified, seed, rank, size)
+        packed = keeps_documents_apart(plain)
+        wanted = Selection(num_samples, batch_size, stratified, seed, rank, size, packed)
         half = any(p.dtype == torch.float16 for p in selected.values())
         scale = _HALF_SCALE if half else 1.0
         plan = Plan(fisher_type, seed, num_draws, fallback, log_likelihood, scale, stated)

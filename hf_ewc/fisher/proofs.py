@@ -7,6 +7,8 @@ the parameters that are estimated, and autocast.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ _LATER_PROOFS = 3
 _OF_ANY_MODULE = vars(nn.Module()).keys()
 # Attributes are looked at so deep, and tensors among them of up to so many numbers.
 _DEEPEST, _SHORT = 3, 16
+_NAMESPACES = (SimpleNamespace, argparse.Namespace)
 
 
 class Mixed(Exception):
@@ -92,8 +95,21 @@ def _fingerprint(model: nn.Module) -> Hashable:
     )
     own = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
     configs = tuple(_described(config) for config in own.values())
+    kinds = {type(module) for module in model.modules()}
+    of_classes = tuple(_of_class(kind) for kind in sorted(kinds, key=lambda k: k.__qualname__))
+    buffers = tuple((name, _of_attribute(b)) for name, b in model.named_buffers())
     autocast = tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return modules, parameters, configs, autocast
+    return modules, parameters, configs, of_classes, buffers, autocast
+
+
+def _of_class(kind: type) -> Hashable:
+    """The settings that a module's classes hold for all of their modules."""
+    return tuple(
+        (name, value)
+        for each in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name, value in vars(each).items()
+        if isinstance(value, PLAIN) and not name.startswith("__")
+    )
 
 
 def _described(value: Any) -> Hashable:
@@ -134,6 +150,8 @@ def _of_attribute(value: Any, depth: int = _DEEPEST) -> Hashable:
         return tuple(_of_attribute(item, depth - 1) for item in value)
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(map(str, value)))
-    if isinstance(value, SimpleNamespace):
+    if isinstance(value, _NAMESPACES) or (
+        dataclasses.is_dataclass(value) and hasattr(value, "__dict__")
+    ):
         return type(value), _of_attribute(vars(value), depth - 1)
     return type(value), id(value)  # looking into what is not known may change it

@@ -40,9 +40,9 @@ def examples_of(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
         return _as_loaded(trainer, dataset)
     if isinstance(dataset, datasets.Dataset):
         used = trainer._remove_unused_columns(dataset, "Fisher")
-        return taken_apart(used), trainer.data_collator
+        return taken_apart(used, trainer.model), trainer.data_collator
     collator = trainer._get_collator_with_removed_columns(trainer.data_collator, "Fisher")
-    return taken_apart(dataset), collator
+    return taken_apart(dataset, trainer.model), collator
 
 
 def _prepared(trainer: Any, dataset: Any) -> Any:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import datasets
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithFlattening, Trainer
 
@@ -16,9 +17,12 @@ from hf_ewc.fisher.examples.packed import (
     LENGTHS,
     POSITIONS,
     TOKENS,
+    are_lengths,
     document,
+    keeps_documents_apart,
     lengths_by_position,
 )
+from hf_ewc.parameters.names import unwrap
 
 logger = logging.getLogger("hf_ewc")
 
@@ -62,20 +66,25 @@ class StreamedDocuments(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self._rows:
-            lengths = _noted(row) if LENGTHS in row else lengths_by_position(row)
+            lengths = _noted(row) if are_lengths(row) else lengths_by_position(row)
             for number in range(len(lengths)):
                 yield document(row, lengths, number)
 
 
-def taken_apart(dataset: Any) -> Any:
-    """The documents of a data set whose rows say where they end, else the data set."""
+def taken_apart(dataset: Any, model: nn.Module | None) -> Any:
+    """The documents of a data set whose rows say where they end, else the data set.
+
+    Only where the model keeps them apart, too.
+    """
+    if model is None or not keeps_documents_apart(unwrap(model)):
+        return dataset
     if isinstance(dataset, datasets.IterableDataset):
         names = dataset.column_names
         tells = names is None or not {LENGTHS, POSITIONS}.isdisjoint(names)
         return StreamedDocuments(dataset) if tells else dataset
     if not isinstance(dataset, datasets.Dataset):
         return dataset
-    if LENGTHS in dataset.column_names:
+    if LENGTHS in dataset.column_names and len(dataset) and are_lengths(dataset[0]):
         return Documents(dataset, [len(lengths) for lengths in dataset[LENGTHS]], _noted)
     if not {POSITIONS, TOKENS} <= set(dataset.column_names):
         return dataset

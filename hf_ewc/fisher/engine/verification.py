@@ -18,8 +18,9 @@ from hf_ewc.fisher.uses.product import Product
 from hf_ewc.parameters.sharding import whole_shape
 from hf_ewc.precision import wide_sum
 
-# What rounding may change, a share of the sum of squares; in half precision it does much.
-_SHARE, _SHARE_IN_HALF = 1e-6, 0.09
+# What rounding may change, a share of the sum of squares; in half precision it does much, in
+# gradients more than in outputs.
+_SHARE, _SHARE_IN_HALF, _OUTPUTS_SHARE_IN_HALF = 1e-6, 0.09, 0.0025
 # Gradients of up to this many entries are kept as they are.
 _SHORT = 4096
 
@@ -155,7 +156,7 @@ def is_what_it_was(
     alone = outputs(one)
     if alone.shape != among.shape:
         return True
-    share = _SHARE_IN_HALF if _is_half(model, parameters) else _SHARE
+    share = _OUTPUTS_SHARE_IN_HALF if _is_half(model, parameters) else _SHARE
     finite = alone.isfinite() & among.isfinite()
     differences = (alone - among).masked_fill(~finite, 0.0)
     return _sum(differences.square()) <= share * _sum(among.masked_fill(~finite, 0.0).square())

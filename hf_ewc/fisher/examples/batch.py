@@ -5,7 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -225,6 +232,7 @@ class Collating:
         except Exception:
             return Divided(batch)  # what it makes of one example cannot be known
         alone = [first, *others]
+        _refuse_places_as_labels(batch, alone)
         try:
             return Divided(batch, Layout.by_examples(batch, alone))
         except Inseparable as reason:
@@ -265,7 +273,18 @@ class Collating:
 
 
 def _copied(example: Any) -> Any:
-    return copy.copy(example) if isinstance(example, (Mapping, list)) else example
+    """With arrays of its own, which a collator may write into."""
+    if isinstance(example, MutableMapping):
+        found = copy.copy(example)
+        for name, value in example.items():
+            if isinstance(value, (Tensor, np.ndarray, list, dict)):
+                found[name] = _copied(value)
+        return found
+    if isinstance(example, list) and any(isinstance(v, (Tensor, np.ndarray)) for v in example):
+        return [_copied(value) for value in example]
+    if isinstance(example, Tensor):
+        return example.clone()
+    return copy.copy(example) if isinstance(example, (Mapping, list, np.ndarray)) else example
 
 
 def numbered(divided: Divided, ids: list[int]) -> Iterator[ExampleBatch]:
@@ -283,6 +302,24 @@ def numbered(divided: Divided, ids: list[int]) -> Iterator[ExampleBatch]:
     for inputs, index in zip(divided.alone, ids, strict=True):
         _require_one_row(inputs)
         yield ExampleBatch(inputs, [index], apart_because=divided.because)
+
+
+def _refuse_places_as_labels(batch: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]) -> None:
+    """Of a loss among the examples of a batch, as of pairs with the others as negatives."""
+    for name in LABEL_NAMES:
+        labels = batch.get(name)
+        own = [each for one in alone if isinstance(each := one.get(name), Tensor)]
+        if not isinstance(labels, Tensor) or len(own) < len(alone) or len(own) < 2:
+            continue
+        places = torch.arange(labels.numel()).view(labels.shape)
+        if torch.equal(labels, places) and not any(bool(each.any()) for each in own):
+            raise ValueError(
+                f"The data_collator gives {len(alone)} examples the labels 0 to {len(alone) - 1}, "
+                "and each of them 0 where it is alone: their places in the batch, as in a contrast "
+                "of pairs with the other pairs. Such a loss is no likelihood of single examples, "
+                "so that they have no Fisher. Give data with labels of each example, or "
+                "log_likelihood=."
+            )
 
 
 def _packs(inputs: Mapping[str, Any], size: int) -> bool:
@@ -312,10 +349,16 @@ def same_random_numbers() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def numbered_batches(data: Iterable[Any], num_samples: int | None) -> Iterator[ExampleBatch]:
-    """Batches that come collated, cut off after `num_samples` examples; packed rows taken apart."""
+def numbered_batches(
+    data: Iterable[Any], num_samples: int | None, in_documents: bool = False
+) -> Iterator[ExampleBatch]:
+    """Batches that come collated, cut off after `num_samples` examples.
+
+    Those of packed rows are their documents, where the model keeps these apart.
+    """
     seen = 0
-    for inputs in _unpacked(map(as_mapping, data)):
+    batches = map(as_mapping, data)
+    for inputs in _unpacked(batches) if in_documents else batches:
         _refuse_example(inputs)
         size = batch_length(inputs)
         batch = ExampleBatch(inputs, list(range(seen, seen + size)))

@@ -31,8 +31,16 @@ def check_kind(what: str, data: Any) -> None:
         data is None or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     ):
         raise TypeError(f"{what} is {data!r:.60}; give a data set of examples.")
-    if hasattr(data, "__len__") and len(data) == 0:
+    if _number_of(data) == 0:
         raise ValueError(f"{what} is empty; give at least one example.")
+
+
+def _number_of(data: Any) -> int | None:
+    """None where it is not known, as of a loader of a stream, which has a length only to fail."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def check_named(what: str, data: Any) -> None:

@@ -214,8 +214,7 @@ def _by_arrays(value: Tensor, alone: Sequence[Any], path: str) -> Share:
         return _shared(value, present, path)
     joined = Rows(_lengths(alone, 0), optional=len(present) < len(alone))
     if sum(joined.counts) == len(value):
-        # Padding and what is drawn at random make rows differ, numbers of rows are plain.
-        if _may_count_rows(value, joined) and not _is_joined(value, present, 0):
+        if _is_telling(value, joined) and not _is_joined(value, present, 0):
             raise Inseparable(f"{path} says something else for an example alone")
         return joined
     if len(present) == len(alone):
@@ -237,10 +236,15 @@ def _lengths(alone: Sequence[Any], axis: int) -> tuple[int, ...]:
     return tuple(0 if one is _MISSING else one.shape[axis] for one in alone)
 
 
-def _may_count_rows(value: Tensor, joined: Rows) -> bool:
-    """Whether these may be places in the batch: whole numbers, one each or a table of them."""
-    whole = not value.is_floating_point() and value.dtype is not torch.bool
-    return whole and (value.ndim == 1 or set(joined.counts) != {1})
+def _is_telling(value: Tensor, joined: Rows) -> bool:
+    """Whether the entries, too, have to be those of the examples alone, one after another.
+
+    Padding and what is drawn at random make rows differ where each example has one. With several
+    each, as of pairs, they may lie in another order; and whole numbers may be places in the batch.
+    """
+    if set(joined.counts) != {1}:
+        return True
+    return value.ndim == 1 and not value.is_floating_point() and value.dtype is not torch.bool
 
 
 def _is_joined(value: Tensor, present: Sequence[Tensor], axis: int) -> bool:
@@ -268,9 +272,9 @@ def _shared(value: Any, present: Sequence[Any], path: str) -> Shared:
 
 
 def _check_items(value: Sequence[Any], items: Sequence[Any], path: str) -> None:
-    """Refuse a list of numbers or texts that is not that of the examples alone."""
+    """Refuse a list of numbers, texts or arrays that is not that of the examples alone."""
     for item, own in zip(value, items, strict=True):
-        if isinstance(item, PLAIN) and not _same(item, own):
+        if isinstance(item, (Tensor, *PLAIN)) and not _same(item, own):
             raise Inseparable(f"{path} has {item!s:.40}, and {own!s:.40} for an example alone")
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ewc.fisher.labels import LABEL_NAMES
 
@@ -18,6 +18,26 @@ TOKENS = "input_ids"
 _OF_PACKING = frozenset(
     {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 )
+
+
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """Whether positions that begin again begin a document, to which those before are unknown.
+
+    So it is in the causal language models of `transformers`. An encoder sees the whole row,
+    whatever its positions, as those of the second text of a pair.
+    """
+    generates: Any = getattr(model, "can_generate", None)
+    if not callable(generates) or not generates():
+        return False
+    return not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def are_lengths(row: Mapping[str, Any]) -> bool:
+    """Whether a row's own lengths are those of documents that make it up."""
+    lengths, tokens = row.get(LENGTHS), row.get(TOKENS, ())
+    if not isinstance(lengths, (list, tuple)):
+        return False
+    return all(isinstance(n, int) and n > 0 for n in lengths) and sum(lengths) == len(tokens)
 
 
 def lengths_by_position(row: Mapping[str, Any]) -> list[int]:

@@ -36,7 +36,10 @@ from hf_ewc.fisher.examples.kinds import check_kind, check_label_numbers, check_
 
 @dataclass(frozen=True)
 class Selection:
-    """Which examples are wanted: see `estimate_fisher`; `rank` of `world` is this process."""
+    """Which examples are wanted: see `estimate_fisher`; `rank` of `world` is this process.
+
+    With `in_documents`, those of packed rows are examples of their own.
+    """
 
     num_samples: int | None = None
     batch_size: int = 8
@@ -44,6 +47,7 @@ class Selection:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    in_documents: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def source_of(data: Any, collator: Collator | None, wanted: Selection) -> Source
         raise ValueError("Stratified draws need a data set with a length and indices.")
     if isinstance(data, IterableDataset) or (collator is not None and not _is_indexable(data)):
         return _from_stream(data, collator or default_data_collator, wanted)
-    return _shared(numbered_batches(data, wanted.num_samples), wanted)
+    return _shared(numbered_batches(data, wanted.num_samples, wanted.in_documents), wanted)
 
 
 def _from_examples(data: Any, collate: Collator, wanted: Selection) -> Source:

@@ -12,9 +12,10 @@ from hf_ewc.fisher.examples.layout import PLAIN
 
 
 def structure_of(inputs: Mapping[str, Any], size: int) -> Hashable:
-    """The number of examples, dtypes, lengths of lists, values that are no tensors, and of each
-    axis whether it could be taken for that of the examples."""
-    return size, _structure(inputs, size)
+    """The number of examples, dtypes, lengths of lists, values that are no tensors, of each axis
+    whether it could be taken for that of the examples, and whether masks leave something out."""
+    masks = [v for n, v in inputs.items() if n.endswith("mask") and isinstance(v, Tensor)]
+    return size, tuple(bool((mask == 0).any()) for mask in masks), _structure(inputs, size)
 
 
 def _structure(value: Any, size: int) -> Hashable:
