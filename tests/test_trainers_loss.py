@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_ewc import EWCConfig, EWCTrainer, estimate_fisher
 from tests.models import VOCAB, bert
@@ -68,7 +71,7 @@ def learner(model: nn.Module, data: Any, tmp_path: Any, loss: Any = None, **opti
 
     return Learner(
         model=model,
-        args=arguments(tmp_path, remove_unused_columns=False),
+        args=arguments(tmp_path, remove_unused_columns=False, max_steps=1),
         train_dataset=data,
         ewc_config=EWCConfig(fisher_type="empirical"),
         **options,
@@ -196,3 +199,215 @@ def test_without_a_loss_a_shift_of_texts_is_not_guessed() -> None:
     found = estimate_fisher(model, shifted, fisher_type="empirical")
     for name, value in empirical(model, shifted, log_p).items():
         torch.testing.assert_close(found.diagonal[name].double(), value, rtol=1e-4, atol=1e-9)
+
+
+# What a trainer does elsewhere than in its compute_loss
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    def __init__(self, data: list[dict[str, Tensor]]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter(self.data)
+
+
+def test_a_stream_is_looked_at_too(tmp_path: Any) -> None:
+    model, data = bert(num_labels=1), rows("yes")
+    trainer = learner(model, Stream(data), tmp_path, compute_loss_func=yes_no)
+    trainer.ewc_config.fisher_samples = len(data)
+    check(trainer, empirical(model, data, log_p_yes_no))
+
+
+def test_a_loss_put_into_the_trainer_itself(tmp_path: Any) -> None:
+    model, data = bert(num_labels=1), rows("yes")
+    trainer = learner(model, data, tmp_path)
+
+    def loss(model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        found = yes_no(outputs, inputs["labels"])
+        return (found, outputs) if return_outputs else found
+
+    trainer.compute_loss = loss
+    check(trainer, empirical(model, data, log_p_yes_no))
+
+
+def adversarial(model: Any, inputs: Any) -> Any:
+    """Fails without gradients."""
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    outputs = model(inputs_embeds=embedded)
+    loss = yes_no(outputs, inputs["labels"])
+    (gradient,) = torch.autograd.grad(loss, embedded, retain_graph=True)
+    further = model(inputs_embeds=embedded + 0.5 * gradient / gradient.norm())
+    return loss + yes_no(further, inputs["labels"]), outputs
+
+
+def of_a_run(model: Any, inputs: Any) -> Any:
+    raise AttributeError("no average before train()")
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [(adversarial, "is not −log p of"), (of_a_run, "cannot be looked at outside of training")],
+)
+def test_a_loss_that_cannot_be_compared_is_said(
+    loss: Any, said: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner(bert(num_labels=1), rows("yes"), tmp_path, loss).consolidate()
+    assert len([message for message in caplog.messages if said in message]) == 1
+
+
+def test_padding_left_out_by_the_trainers_loss_is_said(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first examples have none."""
+    data = rows("text", 12)
+    for number, row in enumerate(data):
+        row["labels"] = (row["input_ids"] + 1) % VOCAB
+        row["input_ids"][3 if number >= 8 else 5 :] = 0
+
+    def loss(model: nn.Module, inputs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        there = inputs["input_ids"] != 0
+        return F.cross_entropy(outputs["logits"][there], inputs["labels"][there]), outputs
+
+    learner(Words(VOCAB, sequence=True), data, tmp_path, loss).consolidate()
+    assert any("is not −log p of" in message for message in caplog.messages)
+
+
+def test_a_class_that_the_trainers_loss_masks_is_said(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [{**row, "labels": row["labels"].clamp(max=1)} for row in rows("one")]
+
+    def loss(model: nn.Module, inputs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        hidden = torch.tensor([0.0, 0.0, -math.inf])
+        return F.cross_entropy(outputs["logits"] + hidden, inputs["labels"]), outputs
+
+    learner(bert(), data, tmp_path, loss).consolidate()
+    assert any("is not −log p of" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("begin", [0, 7], ids=["as the model", "with a language token"])
+def test_a_decoder_that_the_trainer_begins(
+    begin: int, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = dict(d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, dropout_rate=0.0)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=20, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    ids = torch.randint(2, 20, (8, 5))
+    data = [{"input_ids": row, "labels": row[:4]} for row in ids]
+
+    def loss(model: nn.Module, inputs: Any) -> Any:
+        labels = inputs["labels"]
+        shifted = torch.cat([torch.full_like(labels[:, :1], begin), labels[:, :-1]], 1)
+        outputs = model(input_ids=inputs["input_ids"], decoder_input_ids=shifted)
+        return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten()), outputs
+
+    learner(model, data, tmp_path, loss).consolidate()
+    assert any("is not −log p of" in message for message in caplog.messages) == (begin != 0)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(self.inner(x)))
+        return {"logits": logits} | ({} if labels is None else {"loss": self.loss(logits, labels)})
+
+    @staticmethod
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+
+def features() -> list[dict[str, Tensor]]:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(4))
+    return [{"x": one, "labels": torch.tensor(n % 3)} for n, one in enumerate(x)]
+
+
+def doubled(inputs: Any) -> Any:
+    return {**inputs, "x": 2 * inputs["x"]}
+
+
+class Prepares(EWCTrainer):
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return doubled(super()._prepare_inputs(inputs))
+
+
+class Changes(EWCTrainer):
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(model, doubled(inputs), *args, **kwargs)
+
+
+class Computes(EWCTrainer):
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = model(**doubled(inputs))["loss"]
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Twice(EWCTrainer):
+    """As an adversarial step: on the same inputs."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        super().training_step(model, inputs, *args, **kwargs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Loads(EWCTrainer):
+    def get_train_dataloader(self) -> Any:
+        return map(doubled, super().get_train_dataloader())
+
+
+def trainer_of(kind: Any, tmp_path: Any) -> Any:
+    return kind(
+        model=Plain(),
+        args=arguments(tmp_path, remove_unused_columns=False, max_steps=1),
+        train_dataset=features(),
+        ewc_config=EWCConfig(fisher_type="empirical"),
+    )
+
+
+def test_what_a_trainer_prepares_reaches_the_model(tmp_path: Any) -> None:
+    trainer = trainer_of(Prepares, tmp_path)
+    data = [{**row, "x": 2 * row["x"]} for row in features()]
+
+    def log_p(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+        return -F.cross_entropy(model(row["x"].double())["logits"], row["labels"])
+
+    check(trainer, empirical(trainer.model, data, log_p))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Changes, "changes the inputs of the model"),
+        (Computes, "computes its loss by itself"),
+        (Twice, None),
+        (EWCTrainer, None),
+    ],
+)
+def test_a_step_that_the_fisher_does_not_follow_is_said(
+    kind: Any, said: str | None, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(kind, tmp_path)
+    trainer.train()
+    trainer.consolidate()
+    found = [message for message in caplog.messages if "training_step of" in message]
+    assert len(found) == (said is not None)
+    assert all(str(said) in message for message in found)
+
+
+def test_a_loader_that_the_fisher_does_not_follow_is_said(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_of(Loads, tmp_path).consolidate()
+    assert any("training loader of Loads is its own" in message for message in caplog.messages)

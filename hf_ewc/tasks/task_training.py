@@ -23,8 +23,8 @@ from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
 from hf_ewc.tasks.training_data import TrainingData
 from hf_ewc.tasks.ways import additions, adds_to_steps, average, trained
-from hf_ewc.training.last_step import none_beyond_the_last_step
 from hf_ewc.training.prepared import let_it_be_wrapped
+from hf_ewc.training.runs import none_beyond_the_last_step
 
 
 class TaskTraining:

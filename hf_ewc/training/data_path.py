@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.training.packed_rows import taken_apart, warn_of_wrapped
+
+logger = logging.getLogger("hf_ewc")
 
 Collator = Callable[[list[Any]], Any]
 
@@ -110,7 +114,23 @@ def _as_loaded(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
     finally:
         trainer.train_dataset = given
         trainer.accelerator._dataloaders[:] = prepared
-    data = getattr(loader, "dataset", None)
+    data = loader.dataset if isinstance(loader, DataLoader) else None
     if data is not None and hasattr(data, "__len__") and len(data) == len(dataset):
         return data, getattr(loader, "collate_fn", None) or trainer.data_collator
+    if trainer.is_world_process_zero():
+        logger.warning(
+            "The training loader of %s is its own, and none over %d examples as the data set has: "
+            "the Fisher is of the data set as it is, batched by the data_collator. If the loader "
+            "changes the examples, pass a data set of changed ones to consolidate().",
+            type(trainer).__name__,
+            len(dataset),
+        )
     return dataset, trainer.data_collator
+
+
+def as_prepared(trainer: Any, collator: Collator) -> Collator:
+    """With what a trainer's own `_prepare_inputs` makes of a batch, as in training."""
+    prepare: Any = type(trainer)._prepare_inputs
+    if prepare.__module__.partition(".")[0] in ("transformers", "trl", "hf_ewc"):
+        return collator
+    return lambda examples: trainer._prepare_inputs(collator(examples))

@@ -21,7 +21,7 @@ from hf_ewc.parameters.adapters import fresh_adapters, has_adapters, weights_by_
 from hf_ewc.parameters.names import parameters_by_name
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.parameters.weight_gradients import gradients_of_weights
-from hf_ewc.training.data_path import examples_of
+from hf_ewc.training.data_path import as_prepared, examples_of
 from hf_ewc.training.handed_over import handed_over, stated_losses
 from hf_ewc.training.loss_scaling import has_users_loss
 from hf_ewc.training.packed_rows import joins_examples
@@ -59,7 +59,7 @@ def fisher_of(
         reaches = handed_over(trainer, model, data, collator, own_loss)
         if (own_loss and has_users_loss(trainer)) or reaches.labels is not None:
             stated = stated_losses(trainer, model, data, collator, reaches)
-        collator = reaches.of(collator)
+        collator = reaches.of(as_prepared(trainer, collator))
     batch_size = config.fisher_batch_size or trainer.args.per_device_train_batch_size
     if isinstance(data, (IterableDataset, datasets.IterableDataset)):
         if joins_examples(trainer):  # a joined batch does not say where an example ends

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+import datasets
+import numpy
+from torch import Tensor, arange, nn, set_grad_enabled
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_ewc.fisher.labels import LABEL_NAMES, are_there, label_name
@@ -18,8 +23,11 @@ from hf_ewc.fisher.likelihood.own_loss import StatedLoss
 from hf_ewc.training.data_path import Collator
 from hf_ewc.training.repeatable import copied, evaluated_as_if_not_run
 
+logger = logging.getLogger("hf_ewc")
+
 # On so many examples a loss is looked at, with their own labels and with others.
 _EXAMPLES, _TURNS = 4, 3
+_LOOKED_THROUGH = 64
 # Options of a forward that say what it returns, not what it computes.
 _OF_OUTPUTS = frozenset(
     {"return_dict", "output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch"}
@@ -93,23 +101,64 @@ def stated_losses(
 ) -> list[StatedLoss]:
     """What the trainer's loss comes to on a few examples, with their labels and with others.
 
-    None where it fails on them, or there are no labels by a name that is known.
+    None where there are no labels by a name that is known, and where it fails, which is said.
     """
-    found: list[StatedLoss] = []
     if (examples := _first_of(data)) is None:
-        return found
-    with contextlib.suppress(Exception), evaluated_as_if_not_run(trainer, model):
+        return []
+    with contextlib.suppress(Exception):
         batch = trainer._prepare_inputs(collator(examples))
         name = label_name(batch) or reaches.labels
-        if name not in batch:
-            return found
-        for turn in range(_TURNS):
-            given = copied(batch)
-            if turn:
-                given[name] = made_up(batch[name], None, turn, holes=False)
-            labels = int(are_there(given[name]).sum())
-            found.append(StatedLoss(reaches(given), _loss(trainer, model, given, labels)))
-    return found if len(found) == _TURNS else []
+        if name in batch:
+            return _stated(trainer, model, batch, name, reaches)
+    return []
+
+
+def _stated(
+    trainer: Trainer, model: nn.Module, batch: Any, name: str, reaches: HandedOver
+) -> list[StatedLoss]:
+    """With any class in place of the labels, also one that a loss masks; or, where it fails, with
+    those that the batch has; at last with gradients, which an adversarial term takes."""
+    number = getattr(model.config, "num_labels", None) if hasattr(model, "config") else None
+    every = None if number is None else arange(number)
+    why: Exception | None = None
+    for classes, graph in ((every, False), (None, False), (None, True)):
+        try:
+            with evaluated_as_if_not_run(trainer, model), set_grad_enabled(graph):
+                return [
+                    _stated_in(trainer, model, batch, name, reaches, classes, turn)
+                    for turn in range(_TURNS)
+                ]
+        except Exception as error:
+            why = error
+    if trainer.is_world_process_zero():
+        logger.warning(
+            "The trainer's own loss cannot be looked at outside of training (%s: %.200s): what "
+            "the model's outputs mean is read without it. Where that loss is none of the model's "
+            "own, pass log_likelihood= a function of (model, batch) that returns log p(y|x) of "
+            "each example, shape (batch,).",
+            type(why).__name__,
+            why,
+        )
+    return []
+
+
+def _stated_in(
+    trainer: Trainer,
+    model: nn.Module,
+    batch: Any,
+    name: str,
+    reaches: HandedOver,
+    classes: Tensor | None,
+    turn: int,
+) -> StatedLoss:
+    """The loss in this turn: of the true labels in the first, of made-up ones in the others."""
+    given = copied(batch)
+    if turn:
+        labels = batch[name]
+        fits = classes is not None and not labels.is_floating_point() and labels.dim() == 1
+        given[name] = made_up(labels, classes if fits else None, turn, holes=False)
+    number = int(are_there(given[name]).sum())
+    return StatedLoss(reaches(given), _loss(trainer, model, given, number))
 
 
 def _loss(trainer: Trainer, model: nn.Module, inputs: Any, labels: int) -> Tensor:
@@ -123,9 +172,26 @@ def _loss(trainer: Trainer, model: nn.Module, inputs: Any, labels: int) -> Tenso
 
 
 def _first_of(data: Any) -> list[Any] | None:
+    """A few of the first examples, of texts the shortest among them; of a stream the first.
+
+    Padding that a loss leaves out shows in a batch of texts that are not as long as each other.
+    """
+    if isinstance(data, (IterableDataset, datasets.IterableDataset)):
+        return list(itertools.islice(data, _EXAMPLES)) or None
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
         return None
-    return [data[i] for i in range(min(_EXAMPLES, len(data)))]
+    first = [data[i] for i in range(min(_EXAMPLES, len(data)))]
+    if not isinstance(first[0], Mapping) or "input_ids" not in first[0]:
+        return first
+    more = first + [data[i] for i in range(_EXAMPLES, min(_LOOKED_THROUGH, len(data)))]
+    return sorted([*first[1:], min(more, key=_length)], key=_length, reverse=True)
+
+
+def _length(example: Mapping[str, Any]) -> int:
+    tokens = numpy.asarray(example["input_ids"])
+    return int(
+        numpy.count_nonzero(example.get("attention_mask", tokens))
+    )  # 0 is most often padding
 
 
 def _arguments(model: nn.Module) -> frozenset[str] | None:

@@ -123,16 +123,19 @@ def _models_loss(model: nn.Module, inputs: Mapping[str, Any], **items: Any) -> A
     return outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
 
 
-def has_own_loss(trainer_type: type, mixin: type) -> bool:
-    """Whether a class between `mixin` and the Trainer computes the loss in its own way."""
-    return any("compute_loss" in vars(c) and c not in (mixin, Trainer) for c in trainer_type.mro())
+def has_own_loss(trainer: Trainer, mixin: type) -> bool:
+    """Whether the trainer, or a class between `mixin` and the Trainer, computes its own loss."""
+    if "compute_loss" in vars(trainer):
+        return True
+    kinds = type(trainer).mro()
+    return any("compute_loss" in vars(c) and c not in (mixin, Trainer) for c in kinds)
 
 
 def has_users_loss(trainer: Trainer) -> bool:
     """Whether a trainer's loss is written outside of this package and the Trainer."""
     own = (c for c in type(trainer).mro() if "compute_loss" in vars(c) and c is not Trainer)
     outside = any(not c.__module__.startswith("hf_ewc.") for c in own)
-    return outside or trainer.compute_loss_func is not None
+    return outside or "compute_loss" in vars(trainer) or trainer.compute_loss_func is not None
 
 
 def answers_for_itself(trainer_type: type) -> bool:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.importance import Fisher
@@ -23,11 +23,12 @@ from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.estimation import fisher_of
 from hf_ewc.training.final_weights import use_final_weights
 from hf_ewc.training.held_out import hold_out
-from hf_ewc.training.last_step import none_beyond_the_last_step
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
 from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
+from hf_ewc.training.own_step import OwnStep
 from hf_ewc.training.preferences import Likelihood
 from hf_ewc.training.refusals import check_space, check_supported
+from hf_ewc.training.runs import RunBegins, none_beyond_the_last_step
 from hf_ewc.training.state_holder import StateHolder
 
 logger = logging.getLogger("hf_ewc")
@@ -73,9 +74,10 @@ class EWCMixin(StateHolder):
         self._ewc_has_begun = False  # whether this train() has taken its first step
         self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
+        self._ewc_own_step = OwnStep(self)
         super().__init__(*args, ewc_config=ewc_config, **kwargs)
         self._ewc_held_out = hold_out(self) if self.ewc_config.fisher_data == "held_out" else None
-        self.add_callback(_RunBegins(self._ewc_expect_run))
+        self.add_callback(RunBegins(self._ewc_expect_run))
         if self._ewc_requested or ewc_state is not None:
             check_launch(self.accelerator.num_processes)
             check_supported(self)
@@ -136,8 +138,10 @@ class EWCMixin(StateHolder):
         if fisher is None:
             own_data = self.train_dataset if self._ewc_held_out is None else self._ewc_held_out
             data = own_data if dataset is None else dataset
-            own = has_own_loss(type(self), EWCMixin) or self.compute_loss_func is not None
+            own = has_own_loss(self, EWCMixin) or self.compute_loss_func is not None
             own = own and not answers_for_itself(type(self))
+            if log_likelihood is None and not own and self.is_world_process_zero():
+                self._ewc_own_step.warn()
             fisher = fisher_of(self, self._ewc_model, data, config, log_likelihood, own)
         elif not isinstance(fisher, Fisher):
             raise TypeError(
@@ -183,6 +187,7 @@ class EWCMixin(StateHolder):
         Within the Trainer's own steps it is the task loss, since there the penalty's gradient is
         added once per optimizer step by `training_step`.
         """
+        self._ewc_own_step.reaches(inputs)
         result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if self._ewc_in_step or not model.training or not self._ewc_state:
             return result
@@ -203,6 +208,7 @@ class EWCMixin(StateHolder):
         Returns the task loss; the logs add the penalty (see `log`). Inside `train()` the gradient
         enters around whatever `training_step` a subclass has, also one that does not call this.
         """
+        self._ewc_own_step.reaches(inputs)
         with self._ewc_around_step(model):
             if self._ewc_active:
                 self._ewc_correct_scaling(model, inputs, num_items_in_batch)
@@ -250,9 +256,9 @@ class EWCMixin(StateHolder):
                 self._ewc_entry.after_step(*step)
 
         def around_step(step: Callable[..., Any]) -> Callable[..., Any]:
-            def with_penalty(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                with self._ewc_around_step(model):
-                    return step(model, *args, **kwargs)
+            def with_penalty(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+                with self._ewc_around_step(model), self._ewc_own_step.around(inputs):
+                    return step(model, inputs, *args, **kwargs)
 
             return with_penalty
 
@@ -277,7 +283,7 @@ class EWCMixin(StateHolder):
     ) -> None:
         """Find out, by the first batch that tells, whether the loss is scaled as assumed."""
         if not self._ewc_loss_is_scaled:
-            own = has_own_loss(type(self), EWCMixin)
+            own = has_own_loss(self, EWCMixin)
             self._ewc_loss_is_scaled = answers_for_itself(type(self)) or correct_loss_scaling(
                 self, model, inputs, num_items, self.compute_loss if own else None
             )
@@ -381,16 +387,6 @@ class EWCMixin(StateHolder):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         loss = output.metrics.get("train_loss", output.training_loss)
         return output._replace(training_loss=loss) if self._ewc_penalty is not None else output
-
-
-class _RunBegins(TrainerCallback):
-    """Tells the trainer of each run, also where `auto_find_batch_size` starts over."""
-
-    def __init__(self, expect_run: Callable[[], None]) -> None:
-        self._expect_run = expect_run
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._expect_run()
 
 
 class EWCTrainer(EWCMixin, Trainer):

@@ -98,6 +98,8 @@ def by_what_is_said(
         raise refusals.probabilities()
     shifted = shifts_labels(model)
     fits = [candidate for candidate in candidates if candidate.problem_type == kind]
+    if len({candidate.axis for candidate in fits}) > 1:
+        raise refusals.axis_unknown(logits_of(outputs))
     if shifted is None and any(c.shifted for c in fits) and _are_the_inputs(batch):
         raise refusals.labels_are_inputs(model)
     return next((candidate for candidate in fits if candidate.shifted == bool(shifted)), fits[0])
@@ -128,6 +130,11 @@ def _kind(
         return kinds.pop()
     logits, labels = logits_of(outputs), labels_in(batch)
     one_each = logits.shape[-1] == 1 or logits.dim() == 1
-    if one_each and not looks_binary(labels):
+    if one_each and not looks_binary(labels) and not _are_signs(labels):
         return REGRESSION
     raise refusals.unclear(logits, labels)
+
+
+def _are_signs(labels: Tensor) -> bool:
+    """Whether they are −1 and 1, as a logistic loss or a hinge takes yes and no, too."""
+    return bool((labels[are_there(labels)].abs() == 1).all())

@@ -24,6 +24,7 @@ from hf_ewc.fisher.likelihood import choosing, refusals
 from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs, same_scores
 from hf_ewc.fisher.likelihood.label_shift import takes_any_length
+from hf_ewc.fisher.likelihood.news import News
 from hf_ewc.fisher.likelihood.observing import Observer, few_examples, few_positions, has_labels
 from hf_ewc.fisher.likelihood.own_loss import Observation, StatedLoss
 from hf_ewc.fisher.likelihood.parts import Parts
@@ -37,6 +38,8 @@ logger = logging.getLogger("hf_ewc")
 
 # The true labels and made-up ones; the further ones where these tell nothing.
 _TURNS, _FURTHER_TURNS = range(2), range(2, 5)
+# So often the loss is looked at again for what a batch has that none had before.
+_MOST_LOOKS = 16
 
 
 class LabelReader:
@@ -71,6 +74,12 @@ class LabelReader:
         self._told: Reading | None = None
         self._loss_is_nan = False
         self._expected: tuple[Batch, list[int], Observation] | None = None
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self._news = News((pad,) if isinstance(pad, int) else ())
+        self._observed: list[Observation] = []  # by which the reading was found
+        self._looks = 0
+        # Not where processes run in step, nor of a text model's loss, which is the library's own.
+        self._may_look_again = not in_full and not takes_any_length(model)
 
     def settle(self, batch: ExampleBatch) -> None:
         """Find by the model's own loss what its outputs mean, unless that is known already.
@@ -88,8 +97,10 @@ class LabelReader:
         if self._reading is None and has_labels(inputs) and self._forward.takes_labels(inputs):
             if self._can_wait(batch):
                 self._waiting = batch
-            else:
-                self._settle_on_few(batch)
+                return
+            self._settle_on_few(batch)
+        if self._observed and self._may_look_again and has_labels(inputs):
+            self._look_at_news(batch)
 
     def _refuse_further_labels(self, batch: Batch) -> None:
         names = [name for name in further_labels(batch) if name not in self._inputs]
@@ -120,21 +131,30 @@ class LabelReader:
     def _listen(self) -> None:
         """Find the reading that the stated losses tell, if there are any, and say if they do not.
 
-        Not where labels make the decoder's inputs: what does is only seen with the model's loss.
+        Where labels make the decoder's inputs, they are only held to what the model makes of these.
         """
         stated, self._stated = self._stated, ()
-        if not stated or any(self._forward.makes_decoder_inputs(each.batch) for each in stated):
+        if not stated:
             return
-        with torch.no_grad(), unwatched():
-            observed = [each.beside(self._forward(each.batch)) for each in stated]
+        decodes = any(self._forward.makes_decoder_inputs(each.batch) for each in stated)
+        run = self._forward.with_labels if decodes else self._forward
+        try:
+            with torch.no_grad(), unwatched():
+                observed = [each.beside(run(each.batch)) for each in stated]
+        except Exception as error:
+            if not decodes or is_out_of_memory(error):
+                raise
+            return
         observed = self._after_prompts(observed)
         candidates = choosing.candidates_for(observed[0].outputs, observed[0].batch)
-        if not candidates or not all(math.isfinite(each.loss) for each in observed):
+        if not candidates or any(math.isnan(each.loss) for each in observed):
             return
         with contextlib.suppress(ValueError):  # a shift that nothing tells
             self._told = choosing.by_its_loss(self._model, candidates, observed)
         if self._told is None and is_main_process():
             logger.warning("%s", refusals.other_stated_loss(self._model, observed[0], candidates))
+        if decodes:
+            self._told = None
         if self._told is not None and self._told.needs_labelled_forward:
             self._forward.always_with_labels()
 
@@ -260,6 +280,7 @@ class LabelReader:
             return
         if not candidates or math.isnan(first.loss):
             return
+        self._refuse_scores_of_labels(observed)
         reading = choosing.by_its_loss(self._model, candidates, observed)
         if reading is None and observer is not None:
             observed += self._after_prompts(observer.observe(_FURTHER_TURNS))
@@ -270,7 +291,47 @@ class LabelReader:
             choosing.refuse_unclear_shares(self._model, reading, first.batch)
         if reading.needs_labelled_forward:
             self._forward.always_with_labels()
+        self._reading, self._observed = reading, observed
+        for each in observed:
+            self._news.note(each.batch)
+
+    def _look_at_news(self, batch: ExampleBatch) -> None:
+        """Hold the reading to the loss again where a batch has what none had before.
+
+        A loss may leave it out: padding by the mask, an `ignore_index`, a code for missing labels.
+
+        Raises:
+            ValueError: of that the loss is something else.
+        """
+        news = self._news.of(batch)
+        if news is None or self._looks >= _MOST_LOOKS:
+            return
+        self._looks += 1
+        self._news.note(batch.inputs)
+        what, place = news
+        with unwatched():
+            observer = Observer(self._forward, _with_another(batch, place), Parts())
+            observed = self._after_prompts(observer.observe(_TURNS))
+        if not observed or not all(math.isfinite(each.loss) for each in observed):
+            return
+        candidates = choosing.candidates_for(observed[0].outputs, observed[0].batch)
+        every = [*self._observed, *observed]
+        known = [self._reading] if self._reading is not None else []
+        for seen in (every, observed):
+            if choosing.by_its_loss(self._model, known, seen) is not None:
+                return
+        reading = choosing.by_its_loss(self._model, candidates, every) if candidates else None
+        if reading is None:
+            raise refusals.changed_loss(self._model, observed, candidates, what)
         self._reading = reading
+
+    def _refuse_scores_of_labels(self, observed: Sequence[Observation]) -> None:
+        """Of heads whose outputs know the labels, but for decoders that have them as inputs."""
+        first, last = observed[0], observed[-1]
+        if len(observed) < 2 or self._forward.makes_decoder_inputs(last.batch):
+            return
+        if first.outputs.scores and not same_scores(first.outputs, last.outputs):
+            raise refusals.scores_of_labels(self._model)
 
     def _after_prompts(self, observed: Sequence[Observation]) -> list[Observation]:
         return [
@@ -295,3 +356,12 @@ class LabelReader:
         if before <= 0 or (before != virtual and not known):
             return batch
         return {**batch, name: torch.nn.functional.pad(labels, (before, 0), value=IGNORED)}
+
+
+def _with_another(batch: ExampleBatch, place: int) -> Batch:
+    """An example and the one behind it; all where they may hang together."""
+    if len(batch) == 1:
+        return batch.at_least_two().inputs
+    if batch.uneven is not None or batch.doubtful or not batch.divisible:
+        return batch.inputs
+    return batch.only(sorted({place, (place + 1) % len(batch)})).inputs

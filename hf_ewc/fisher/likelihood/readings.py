@@ -64,7 +64,9 @@ ANSWER = Reading(
 def _of_positions(logits: Tensor, labels: Tensor, batch: Batch) -> Iterator[Reading]:
     if labels.is_floating_point() or logits.dim() < 2:
         return
-    if labels.dim() > 1 and logits.shape[1] > 1 and labels.shape == _without_axis(logits, 1):
+    is_image = logits.dim() == 4 and labels.dim() == 3  # of which `_of_images` knows more
+    second = not is_image and labels.dim() > 1 and logits.shape[1] > 1
+    if second and labels.shape == _without_axis(logits, 1):
         yield Reading("a softmax over the second axis", SOFTMAX, _second_axis, axis=1)
     if logits.shape[-1] < 2 or labels.numel() != logits[..., 0].numel():
         return

@@ -74,6 +74,23 @@ def probabilities() -> ValueError:
     )
 
 
+def axis_unknown(logits: Tensor) -> ValueError:
+    return ValueError(
+        f"Logits of {_form(logits)} have as many classes as positions, and the model has no loss "
+        "that says which axis is which. Give batches of another length, let its forward take "
+        f"labels and return a loss, or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+def scores_of_labels(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"The logits of {type(model).__name__} depend on the labels that it is given, as where a "
+        "margin is taken from the true class (CosFace, ArcFace): such logits are no distribution "
+        "of labels. Estimate with a forward that leaves the margin out in eval mode, or "
+        f"{USE_LOG_LIKELIHOOD}."
+    )
+
+
 def shift_unknown(model: nn.Module) -> ValueError:
     return ValueError(
         f"The loss of {type(model).__name__} is the same whether labels are shifted by one or not, "
@@ -157,3 +174,13 @@ def _stated(reading: Reading, observed: Observation) -> str:
 
 def _form(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)} and dtype {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def changed_loss(
+    model: nn.Module, observed: Sequence[Observation], candidates: Sequence[Reading], news: str
+) -> ValueError:
+    """A later batch, with something that those before had not, is read otherwise by the loss."""
+    return ValueError(
+        f"The first batches were read by the model's loss; of one with {news}, which these had "
+        f"not, that loss says something else. {other_loss(model, observed, candidates)}"
+    )

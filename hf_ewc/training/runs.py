@@ -1,10 +1,12 @@
-"""A run that was saved at its last step takes no further one when it goes on from there."""
+"""The beginning and the end of each run of a trainer."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from transformers import TrainerCallback
 
 
 @contextlib.contextmanager
@@ -34,3 +36,13 @@ def none_beyond_the_last_step(trainer: Any) -> Iterator[None]:
             del trainer._run_epoch
         else:
             trainer._run_epoch = own
+
+
+class RunBegins(TrainerCallback):
+    """Tells the trainer of each run, also where `auto_find_batch_size` starts over."""
+
+    def __init__(self, expect_run: Callable[[], None]) -> None:
+        self._expect_run = expect_run
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._expect_run()
