@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from test_tasks import CONFIG, arguments, examples, same_weights, two_tasks, vit
 from transformers import EvalPrediction, TrainerCallback, ViTForImageClassification
@@ -377,3 +378,47 @@ def test_weights_of_heads_are_known_too(tmp_path):
     flipped(heads)
     with pytest.raises(ValueError, match=r"heads\.safetensors is damaged"):
         run_tasks(vit(2), sequence, args)
+
+
+# What has changed since a run was begun, although names and sizes are the same
+
+
+def with_labels_turned(task):
+    turned = [{**row, "labels": 1 - row["labels"]} for row in task.train_dataset]
+    return replace(task, train_dataset=turned)
+
+
+def test_other_data_and_models_are_said_when_a_run_goes_on(tmp_path, caplog):
+    args = arguments(tmp_path, max_steps=1)
+    first, second = two_tasks()
+    run_tasks(vit(), [first], args, CONFIG)
+    run_tasks(vit(), [first, second], args, CONFIG)
+    assert not [m for m in caplog.messages if "was begun with others" in m]
+    other = vit()
+    other.vit.layers[0].mlp.activation_fn = torch.nn.ReLU()
+    run_tasks(other, [with_labels_turned(first), second], args, CONFIG)
+    (said,) = [m for m in caplog.messages if "was begun with others" in m]
+    assert "the training data of task '0 or 1', the model's modules." in said
+
+
+def test_data_that_are_others_each_time_are_not_told_apart(tmp_path, caplog):
+    class Augmented(list):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            return {**row, "pixel_values": row["pixel_values"] + torch.rand(())}
+
+    task, args = two_tasks()[0], arguments(tmp_path, max_steps=1)
+    task = replace(task, train_dataset=Augmented(task.train_dataset))
+    for _ in range(2):
+        run_tasks(vit(), [task], args, CONFIG)
+    assert not [m for m in caplog.messages if "was begun with others" in m]
+
+
+def test_a_state_that_comes_later_is_refused(tmp_path):
+    args = arguments(tmp_path / "run", max_steps=1)
+    run_tasks(vit(), two_tasks()[:1], args, CONFIG)
+    trainer = EWCTrainer(
+        vit(), arguments(tmp_path / "b"), train_dataset=examples((0, 1)), ewc_config=CONFIG
+    )
+    with pytest.raises(ValueError, match="state: "):
+        run_tasks(vit(), two_tasks(), args, CONFIG, ewc_state=trainer.consolidate(name="before"))

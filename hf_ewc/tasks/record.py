@@ -25,6 +25,7 @@ from hf_ewc.report import (
 )
 from hf_ewc.report.names import in_markdown
 from hf_ewc.report.results import plain
+from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.aftermath import Aftermath
 from hf_ewc.tasks.divergence import divergence_table
 from hf_ewc.tasks.fishers import fisher_table
@@ -47,7 +48,7 @@ class Record:
         plan: of the run; its settings are written with the scores.
         folder: of the run.
         matrix: R[i, j], filled as tasks are learnt.
-        model: as it is before the first task.
+        model, state: as they are before the first task.
 
     Attributes:
         metrics: everything evaluation gave, `metrics[i][name]` after training task i.
@@ -66,10 +67,15 @@ class Record:
     """
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, matrix: AccuracyMatrix, model: nn.Module
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        matrix: AccuracyMatrix,
+        model: nn.Module,
+        state: EWCState | None = None,
     ) -> None:
         self.plan, self.folder, self.matrix = plan, folder, matrix
-        self._settings, self._model = settings_of(plan, model), class_name(model)
+        self._settings, self._model = settings_of(plan, model, state), class_name(model)
         self.metrics: Scores = []
         self.history: list[list[Entry]] = []
         self.costs: list[Cost] = []

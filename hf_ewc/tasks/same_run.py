@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,16 @@ from torch import nn
 from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.names import class_name
 from hf_ewc.parameters.sharding import whole_shape
+from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.evaluation import metrics_of
+from hf_ewc.tasks.fingerprints import of_data, of_model
 from hf_ewc.tasks.heads import Head, as_head
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.sequence_config import OF_THE_GATE
 from hf_ewc.tasks.task import Task
+
+logger = logging.getLogger("hf_ewc")
 
 # The training arguments that a run must share with the one it goes on from.
 RECORDED = (
@@ -50,9 +55,15 @@ RECORDED = (
 FREE = (*OF_THE_GATE, "kl_examples")
 
 
-def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
-    """What has to be the same for one run to go on from another, in JSON's types."""
+def settings_of(plan: Plan, model: nn.Module, state: EWCState | None = None) -> dict[str, Any]:
+    """What has to be the same for one run to go on from another, in JSON's types.
+
+    Args:
+        model, state: as they are before the first task.
+    """
     settings = {
+        "state": [] if state is None else [[r.name, r.fisher_trace] for r in state.tasks],
+        "looks": _looks(plan, model),
         "trainer": plan.trainer_class.__name__,
         "model": [class_name(model), sum(whole_shape(p).numel() for p in model.parameters())],
         "tasks": [_settings_of_task(task, plan, model) for task in plan.tasks],
@@ -67,6 +78,17 @@ def settings_of(plan: Plan, model: nn.Module) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
+
+
+def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
+    """What may be another without being refused, but not without a word."""
+    return {
+        "model": of_model(model),
+        "data": {
+            task.name: [of_data(task.train_dataset), of_data(task.eval_dataset)]
+            for task in (*plan.tasks, *plan.evaluate_also)
+        },
+    }
 
 
 def _settings_of_task(task: Task, plan: Plan, model: nn.Module) -> dict[str, Any]:
@@ -112,6 +134,10 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
     if isinstance(found.get("args"), Mapping):
         found["args"] = wanted["args"] | dict(found["args"])
+    if "state" not in found:  # of a run that did not record it yet
+        found["state"] = wanted.get("state")
+    _warn_of_other_looks(path, found.pop("looks", {}), wanted.get("looks", {}))
+    wanted = {name: value for name, value in wanted.items() if name != "looks"}
     before = found.get("tasks") or []
     wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
     found, wanted = _decisive(found), _decisive(wanted)
@@ -121,6 +147,30 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
             f"{path} is of a run with other settings:\n"
             + ";\n".join(lines)
             + ".\nChoose another output_dir, or begin anew with resume=False (--resume false)."
+        )
+
+
+def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+    """Say what differs although its name and size are the same: another order, other contents."""
+    found = found if isinstance(found, Mapping) else {}
+    before = found.get("data") or {}
+    others = [
+        f"the {kind} data of task {name!r}"
+        for name, looks in wanted.get("data", {}).items()
+        for kind, was, is_now in zip(
+            ("training", "evaluation"), before.get(name, looks), looks, strict=False
+        )
+        if None not in (was, is_now) and was != is_now
+    ]
+    now = wanted.get("model")
+    others += ["the model's modules"] * (found.get("model", now) != now)
+    if others:
+        logger.warning(
+            "%s was begun with others than these: %s. What was learnt and scored before stays as "
+            "it is. To have it of these, choose another output_dir, or begin anew with "
+            "resume=False.",
+            path.parent,
+            ", ".join(others),
         )
 
 

@@ -71,7 +71,7 @@ class TaskRun:
     ) -> None:
         self.plan, self.model = plan, model
         self.folder = RunFolder(str(plan.args.output_dir), plan.tasks)
-        self.record = Record(plan, self.folder, matrix, model)
+        self.record = Record(plan, self.folder, matrix, model, state)
         self.space = LabelSpace(model, plan.tasks, plan.args.seed, plan.sequence.separated_softmax)
         self.growth = Growth(plan, model, self.space)
         self.protection = Protection(plan, self.space, model, state)

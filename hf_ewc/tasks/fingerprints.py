@@ -1,0 +1,64 @@
+"""Data and models in a few letters, by which a run that goes on tells whether they are others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from hf_ewc.fisher.untouched import preserved_random_states
+from hf_ewc.training.held_out import has_rows
+
+_EXAMPLES = 4
+_LETTERS = 12
+
+
+def of_data(dataset: Any) -> str | None:
+    """Of a few examples; None of a stream, and where an example is another each time it is read."""
+    if not has_rows(dataset) or not len(dataset):
+        return None
+    places = np.linspace(0, len(dataset) - 1, min(_EXAMPLES, len(dataset))).astype(int).tolist()
+    with preserved_random_states():
+        once, again = (_of_values([dataset[i] for i in places]) for _ in range(2))
+    return once if once == again else None
+
+
+def of_model(model: nn.Module) -> str:
+    """Of its modules as they are printed, and of its adapters' settings."""
+    adapters = getattr(model, "peft_config", None) or {}
+    settings = {
+        name: {k: v for k, v in vars(config).items() if isinstance(v, (bool, int, float, list))}
+        for name, config in adapters.items()
+    }
+    return _of_values([repr(model), settings])
+
+
+def _of_values(values: Any) -> str:
+    digest = hashlib.sha256()
+    _add(digest, values)
+    return digest.hexdigest()[:_LETTERS]
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for name in sorted(value, key=str):
+            digest.update(f"{name}:".encode())
+            _add(digest, value[name])
+    elif isinstance(value, (list, tuple)):
+        digest.update(b"[")
+        for item in value:
+            _add(digest, item)
+        digest.update(b"]")
+    elif isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}{value.detach().cpu().tolist()}".encode())
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}{value.tolist()}".encode())
+    elif isinstance(value, (str, bytes, int, float, bool, type(None), np.generic)):
+        digest.update(repr(value).encode())
+    elif callable(getattr(value, "tobytes", None)):  # an image
+        digest.update(value.tobytes())
+    else:
+        digest.update(type(value).__qualname__.encode())
