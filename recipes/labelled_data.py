@@ -199,6 +199,11 @@ def _name(value: Any, kind: Any, where: str) -> str:
         return re.sub(r"^(-?(0|[1-9]\d*))\.0*$", r"\1", str(value).strip())
     if isinstance(kind, Value) and isinstance(value, float) and value.is_integer():
         return str(int(value))  # whole numbers that a table has as floats
+    if not isinstance(kind, (ClassLabel, Value)) and isinstance(value, (str, bool, int)):
+        raise ValueError(
+            f"{where} has labels of several types, {value!r} among them; needed are words alone "
+            "or whole numbers alone."
+        )
     raise ValueError(f"{where} has the label {value!r}; needed are words or whole numbers.")
 
 

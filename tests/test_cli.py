@@ -102,6 +102,34 @@ def test_fisher_of_other_files(tmp_path, text_model, csv, suffix):
     assert EWCState.from_pretrained(out).tasks[0].num_examples == 4
 
 
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path, text_model, csv):
+    (tmp_path / "reviews1.csv").write_text("text,label\nbad bad,maybe\n")
+    named = tmp_path / "reviews[1].csv"
+    named.write_text(csv.read_text())
+    assert main(["fisher", str(text_model), str(named), "-o", str(tmp_path / "state")]) == 0
+    assert EWCState.from_pretrained(tmp_path / "state").tasks[0].num_examples == 4
+
+
+def test_labels_that_a_table_has_as_floats(tmp_path, text_model):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nthe good film,1.0\na bad book,0.0\n")
+    assert main(["fisher", str(text_model), str(path), "-o", str(tmp_path / "state")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (",0\ngood,1", "has nothing in column 'text' of example 1"),
+        ("12,0\n13,1", "has 12 in column 'text' of example 1"),
+    ],
+)
+def test_texts_that_are_none(rows, message, tmp_path, text_model, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\n{rows}\n")
+    command = ["fisher", text_model, path, "--text", "text", "-o", tmp_path / "state"]
+    assert message in failed(capsys, *command)
+
+
 def test_a_folder_without_a_vocabulary(tmp_path, text_model, csv, capsys):
     """Of a configuration alone comes a tokenizer to which every word is the unknown one."""
     bert().save_pretrained(tmp_path / "model")

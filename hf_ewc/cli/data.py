@@ -65,6 +65,7 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
     label = None if is_causal(model) else _label_column(data, given.label)
     texts = given.text or _text_columns(data, label)
     _check_columns(data, texts)
+    _check_texts(data, texts[:2], given.data)
     longest = fitting_length(
         "--max_length", given.max_length, tokenizer, model.config, texts=len(texts[:2])
     )
@@ -120,15 +121,31 @@ def _check_columns(data: Any, names: list[str]) -> None:
         raise ValueError(f"the data has no column {missing[0]!r}; it has {data.column_names}.")
 
 
+def _check_texts(data: Any, columns: list[str], where: str) -> None:
+    """Refuse what a tokenizer cannot read, with its column and row."""
+    for column in columns:
+        for row, value in enumerate(data[column]):
+            if not isinstance(value, str):
+                seen = "nothing" if value is None else repr(value)
+                raise ValueError(
+                    f"{where} has {seen} in column {column!r} of example {row + 1}; needed is text."
+                )
+
+
 def _label(value: Any, model: Any) -> int | float:
     """The label's number in the model's head, from its name or its number."""
     known = model.config.label2id or {}
     if isinstance(value, str):
+        value = value.strip()
         if value in known:
             return int(known[value])
         raise ValueError(f"a label is {value!r}; the model has {[*known]}.")
-    if isinstance(value, float) or model.config.num_labels == 1:
+    if model.config.num_labels == 1:
         return float(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as a table has them where some are missing
+    if isinstance(value, float):
+        return value
     if value is None or not 0 <= value < model.config.num_labels:
         raise ValueError(f"a label is {value}; the model has 0 to {model.config.num_labels - 1}.")
     return int(value)

@@ -30,6 +30,9 @@ def with_lora(model: Any, given: LoraArguments, task_type: str | None = None) ->
         given: what was asked for.
         task_type: PEFT's name for what the model is for, such as "SEQ_CLS"; without one, as for
             images, it classifies, and its head is trained as a whole.
+
+    Raises:
+        ValueError: there are no such modules.
     """
     if not given.use_peft:
         return model
@@ -45,4 +48,7 @@ def with_lora(model: Any, given: LoraArguments, task_type: str | None = None) ->
         exclude_modules=names or None,
         modules_to_save=names or None,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules is {targets}: {error}") from error

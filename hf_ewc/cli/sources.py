@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -59,7 +60,8 @@ def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> da
 
 
 def _read(path: str, reader: str, options: Mapping[str, Any]) -> datasets.Dataset:
-    return datasets.load_dataset(reader, data_files=path, split="train", **options)
+    # `datasets` takes a name for a pattern: reviews[1].csv for reviews1.csv.
+    return datasets.load_dataset(reader, data_files=glob.escape(path), split="train", **options)
 
 
 def _from_csv(path: str, options: Mapping[str, Any]) -> datasets.Dataset:
