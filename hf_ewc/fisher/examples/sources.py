@@ -20,17 +20,14 @@ from torch.utils.data import (
 from transformers import default_data_collator
 
 from hf_ewc.fisher.examples.batch import (
-    Collating,
     Collator,
     ExampleBatch,
-    batches_of_examples,
-    collated,
     looks_collated,
     may_be_batch,
-    numbered,
     numbered_batches,
 )
 from hf_ewc.fisher.examples.choice import choose, labels_of
+from hf_ewc.fisher.examples.collating import Collating, batches_of_examples, collated, numbered
 from hf_ewc.fisher.examples.kinds import check_kind, check_label_numbers, check_named
 
 
