@@ -12,8 +12,8 @@ from models import Examples, bert
 from test_tasks import arguments
 from transformers import TrainerCallback
 
-from hf_ewc import EWCConfig, EWCTrainer, Task, run_tasks
-from hf_ewc.tasks import rehearsal, task_run
+from hf_ewc import EWCConfig, EWCTrainer, SequenceConfig, Task, run_tasks
+from hf_ewc.tasks import rehearsal
 
 
 class Steps(TrainerCallback):
@@ -175,6 +175,22 @@ def test_looking_changes_nothing(tmp_path, monkeypatch):
     )
     found = weights("with")
     assert len(looked) == 2
-    monkeypatch.setattr(task_run, "rehearse", lambda *args: None)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *args: None)
     expected = weights("without")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_each_task_is_looked_at_once_also_by_a_head_that_grows(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        rehearsal, "rehearse", lambda trainer, tasks, *args: looked.extend(t.name for t in tasks)
+    )
+    sequence, args = tasks(*examples()), arguments(tmp_path / "a", max_steps=1)
+    also = Task("c", None, examples())
+    run_tasks(bert(), sequence, args, evaluate_also=[also])
+    assert looked == ["a", "b", "c"]
+    looked.clear()
+    growing = SequenceConfig(grow_head=True)
+    args = arguments(tmp_path / "b", max_steps=1)
+    run_tasks(bert(), sequence, args, sequence_config=growing, evaluate_also=[also])
+    assert looked == ["a", "c", "b"]

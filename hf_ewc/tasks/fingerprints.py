@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hf_ewc.fisher.untouched import preserved_random_states
@@ -53,9 +54,14 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, item)
         digest.update(b"]")
     elif isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}{value.detach().cpu().tolist()}".encode())
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        if value.layout == torch.strided and not value.is_meta:
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(value.tobytes())
     elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}{value.tolist()}".encode())
+        _add(digest, value.tolist())
     elif isinstance(value, (str, bytes, int, float, bool, type(None), np.generic)):
         digest.update(repr(value).encode())
     elif callable(getattr(value, "tobytes", None)):  # an image

@@ -25,6 +25,27 @@ EXAMPLES = 2
 _PREFIX = "eval"
 
 
+class Rehearsal:
+    """Looks at what a run is to be scored by, once.
+
+    Args:
+        plan: of the run.
+        space: what the model's outputs mean for each task.
+    """
+
+    def __init__(self, plan: Plan, space: LabelSpace) -> None:
+        self._plan, self._space = plan, space
+        self._known: set[str] = set()
+
+    def look(self, trainer: Any, index: int, collator: Any) -> None:
+        """At the tasks that were not looked at; where the head grows, at task `index` alone."""
+        plan = self._plan
+        tasks = plan.tasks[index : index + 1] if plan.sequence.grow_head else plan.tasks
+        new = [t for t in (*tasks, *plan.evaluate_also) if t.name not in self._known]
+        rehearse(trainer, new, plan, self._space, collator)
+        self._known |= {task.name for task in new}
+
+
 def rehearse(
     trainer: Any, tasks: Sequence[Task], plan: Plan, space: LabelSpace, collator: Any
 ) -> None:

@@ -40,7 +40,7 @@ from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.progress import TaskProgress
 from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.record import Record
-from hf_ewc.tasks.rehearsal import rehearse
+from hf_ewc.tasks.rehearsal import Rehearsal
 from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.shards import check_shards
@@ -77,13 +77,14 @@ class TaskRun:
         self.protection = Protection(plan, self.space, model, state)
         self._training = TaskTraining(plan, self.space, self.growth, self.protection, self.folder)
         self._search = LambdaSearch(plan, self.space, self.protection, self._training, self.record)
+        self._rehearsal = Rehearsal(plan, self.space)
         self._blueprint: Blueprint | None = None
         self._beginning = Beginning(model) if plan.sequence.joint_training else None
         self._divergence = Divergence(plan, self.space)
         self._kl: dict[str, Any] | None = None
         self._drift: dict[str, float] = {}
         self._lambdas: dict[str, float] = {}
-        self._is_resumed = self._is_rehearsed = False
+        self._is_resumed = False
         self._tracker = SequenceTracker(plan.args, integrations=())
 
     @contextmanager
@@ -248,7 +249,7 @@ class TaskRun:
             trainer.add_callback(progress)
         self._tracker.begin(index, sum(self.record.steps))
         trainer.add_callback(self._tracker)
-        self._rehearse(trainer, index)
+        self._rehearsal.look(trainer, index, self._training.collator)
         if index == 0:
             self._score_untrained(trainer)
         self._divergence.remember(trainer, index)
@@ -312,15 +313,6 @@ class TaskRun:
                 matrix[index, task.name] = score
         self._score_others(scores, index + 1)
         self.record.metrics.append(scores)
-
-    def _rehearse(self, trainer: Any, index: int) -> None:
-        """Look at what is to be scored, once; of a head that grows at the task's own alone."""
-        if self._is_rehearsed:
-            return
-        plan = self.plan
-        self._is_rehearsed = not plan.sequence.grow_head
-        tasks = plan.tasks if self._is_rehearsed else plan.tasks[: index + 1]
-        rehearse(trainer, (*tasks, *plan.evaluate_also), plan, self.space, self._training.collator)
 
     def _score_untrained(self, trainer: Any) -> None:
         """Enter the scores before the first task, as far as they are asked for."""

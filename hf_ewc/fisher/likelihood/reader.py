@@ -303,8 +303,8 @@ class LabelReader:
         Raises:
             ValueError: of that the loss is something else.
         """
-        news = self._news.of(batch)
-        if news is None or self._looks >= _MOST_LOOKS:
+        news = self._news.of(batch) if self._looks < _MOST_LOOKS else None
+        if news is None:
             return
         self._looks += 1
         self._news.note(batch.inputs)
