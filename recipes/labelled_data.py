@@ -150,7 +150,7 @@ def split_up(task: Any, size: int) -> list[Any]:
 
 
 def load(task: Any, max_train: int | None, max_eval: int | None) -> Examples:
-    """The task's examples, drawn at random where there are more than wanted.
+    """The task's examples; where there are more than wanted, some of each label.
 
     Raises:
         ValueError: with the file, and what it lacks.
@@ -216,10 +216,17 @@ def _in_order(names: Iterable[str], kind: Any) -> list[str]:
 
 
 def _drawn(where: str, data: Dataset, names: list[str | None], most: int | None) -> Part:
-    """The examples with a name, at most so many, which are drawn at random."""
+    """The examples with a name, at most so many: drawn at random, of each label one before any two.
+
+    So a class is left out only where fewer examples are wanted than there are classes.
+    """
     kept = [i for i, name in enumerate(names) if name is not None]
     if most is not None and most < len(kept):
-        kept = sorted(random.Random(0).sample(kept, most))
+        order = random.Random(0).sample(kept, len(kept))
+        first = {names[i]: i for i in reversed(order)}
+        one_each = set(first.values())
+        order = [i for i in order if i in one_each] + [i for i in order if i not in one_each]
+        kept = sorted(order[:most])
     return Part(where, data, kept, [str(names[i]) for i in kept])
 
 

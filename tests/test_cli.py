@@ -302,6 +302,16 @@ def test_report_tells_runs_of_one_method_and_seed_apart(tmp_path):
     }
 
 
+def test_report_counts_a_run_once_however_it_is_named(tmp_path):
+    write_report(tmp_path / "run", {"EWC": [matrix(0.5)]})
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    named = ["run", "run/", "run/results.json", "link", "."]
+    folders = [str(tmp_path / name) for name in named]
+    assert main(["report", *folders, "-o", str(tmp_path / "out")]) == 0
+    runs, _ = read_outcomes(tmp_path / "out" / "results.json")
+    assert {method: [*repeats] for method, repeats in runs.items()} == {"EWC": [0]}
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -349,6 +349,19 @@ def test_a_list_of_batches_taken_for_examples_is_said_to_be():
         estimate_fisher(Patches(), [collate(rows[:4]), collate(rows[4:])])
 
 
+@pytest.mark.filterwarnings("ignore:The one-backward")
+def test_a_list_of_examples_taken_for_batches_is_said_to_be():
+    """As tagged texts are, whose tensors all have a row for each word."""
+
+    class Boxed(Tagger):
+        def forward(self, ids, boxes, labels=None):
+            return super().forward(ids + boxes[:, :, 0])
+
+    rows = [{**row, "boxes": torch.zeros(len(row["ids"]), 4, dtype=torch.long)} for row in words(5)]
+    with pytest.raises(ValueError, match=r"taken for a batch.*where it is one example, give a dat"):
+        estimate_fisher(Boxed(), rows)
+
+
 def test_labels_in_a_list_are_said_to_be():
     rows = rows_of(x=lambda n: randn(3, seed=n))
 

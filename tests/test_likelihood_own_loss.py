@@ -193,6 +193,20 @@ def test_another_loss_is_refused(loss, sequence):
         estimate_fisher(Own(3, loss, config="single_label_classification"), [batch])
 
 
+@pytest.mark.parametrize("classes", [4, 100, 1000])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_loss_over_some_of_the_classes_is_refused(sequence, classes):
+    """From a softmax over all it differs by a term that does not depend on the labels."""
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits[..., :3].flatten(0, -2), labels.flatten())
+
+    shape = (EXAMPLES, 4) if sequence else (EXAMPLES,)
+    labels = (torch.arange(math.prod(shape)) * 7 // 2 % 3).view(shape)
+    with pytest.raises(ValueError, match="not the cross-entropy"):
+        estimate_fisher(Own(classes, loss), [{"x": features(*shape), "labels": labels}])
+
+
 @pytest.mark.parametrize("first", [1, 0])
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("ignored", [-1, 2])

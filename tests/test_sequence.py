@@ -17,6 +17,7 @@ from hf_ewc import EWCConfig, EWCState, Fisher, SequenceConfig, run_tasks
 from hf_ewc.tasks.head import head_names
 from hf_ewc.tasks.l2_sp import with_l2_sp
 from hf_ewc.tasks.mixture import Mixture, joint_places
+from hf_ewc.tasks.run_folder import RunFolder
 
 # ---- The settings ----
 
@@ -290,3 +291,21 @@ def test_only_the_last_model_stays(tmp_path):
     ]
     again = run_tasks(vit(), two_tasks(), args, CONFIG, sequence_config=config)
     assert same_weights(again.model, result.model)
+
+
+def test_only_the_last_model_stays_after_a_kill_before_the_others_were_removed(
+    tmp_path, monkeypatch
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    config = SequenceConfig(keep_models="last")
+    args = arguments(tmp_path, max_steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "remove_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_tasks(vit(), two_tasks(), args, CONFIG, sequence_config=config)
+    run_tasks(vit(), two_tasks(), args, CONFIG, sequence_config=config)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("model.safetensors")] == [
+        "02-2-or-3/final/model.safetensors"
+    ]

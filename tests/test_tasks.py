@@ -427,6 +427,9 @@ def test_a_score_that_cannot_be_is_refused_before_training(tmp_path):
             run_tasks(vit(), wrong, arguments(tmp_path), CONFIG)
     with pytest.raises(TypeError, match="args must be TrainingArguments"):
         run_tasks(vit(), [first], CONFIG, arguments(tmp_path))
+    for name in ("mask_training", "evaluate_unseen", "resume"):
+        with pytest.raises(ValueError, match=f"{name} is 'no'; allowed is True or False"):
+            run_tasks(vit(), [first], arguments(tmp_path), CONFIG, **{name: "no"})
 
 
 def test_the_accuracy_of_a_language_model_is_that_of_the_next_token():

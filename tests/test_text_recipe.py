@@ -202,6 +202,17 @@ def test_fewer_examples_are_drawn_alike_each_time(tmp_path):
     assert first.train.labels == [str(row % 2) for row in first.train.rows]
 
 
+@pytest.mark.parametrize("most", [4, 5, 9])
+def test_fewer_examples_leave_no_class_out(most, tmp_path):
+    """Of four, three of which have one example each among forty."""
+    labels = ["often"] * 37 + ["a", "b", "c"]
+    rows = "text,label\n" + "".join(f"word {i},{label}\n" for i, label in enumerate(labels))
+    found = load(TextTask("t", **files(tmp_path, rows, rows)), most, most)
+    for part in (found.train, found.eval):
+        assert len(part.rows) == most
+        assert {*part.labels} == {*labels}
+
+
 # ---- Tables as programs write them ----
 
 

@@ -8,6 +8,7 @@ from test_tasks import CONFIG, arguments, examples, two_tasks, vit
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_ewc import AccuracyMatrix, Task, run_tasks
+from hf_ewc.tasks import tracking
 from hf_ewc.tasks.tracking import SequenceTracker, figures_after
 
 NAN = float("nan")
@@ -80,6 +81,24 @@ def test_without_report_to_nothing_is_reported(tmp_path):
     run_tasks(vit(), two_tasks()[:1], arguments(tmp_path, max_steps=1))
     assert not list(tmp_path.rglob("events.out*"))
     assert not (tmp_path / "tracking.json").exists()
+
+
+@pytest.mark.parametrize("where", [["nothing_known"], ["absent"]])
+def test_a_tracker_that_is_not_there_is_said_before_anything_is_done(where, tmp_path, monkeypatch):
+    def absent():
+        raise RuntimeError("AbsentCallback requires absent to be installed. Run `pip install it`.")
+
+    found = tracking.get_reporting_integration_callbacks
+    monkeypatch.setattr(
+        tracking,
+        "get_reporting_integration_callbacks",
+        lambda names: [absent] if "absent" in names else found(names),
+    )
+    args = arguments(tmp_path, max_steps=1)
+    args.report_to = where
+    with pytest.raises(ValueError, match=r"report_to is .*(is not supported|pip install it)"):
+        run_tasks(vit(), two_tasks(), args, CONFIG)
+    assert not (tmp_path / "results.json").exists()
 
 
 class Library:

@@ -275,17 +275,18 @@ def test_padding_left_out_by_the_trainers_loss_is_said(
     assert any("is not −log p of" in message for message in caplog.messages)
 
 
-def test_a_class_that_the_trainers_loss_masks_is_said(
-    tmp_path: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("classes", [3, 100])
+def test_classes_that_the_trainers_loss_masks_are_said(
+    classes: int, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = [{**row, "labels": row["labels"].clamp(max=1)} for row in rows("one")]
 
     def loss(model: nn.Module, inputs: Any) -> Any:
         outputs = model(input_ids=inputs["input_ids"])
-        hidden = torch.tensor([0.0, 0.0, -math.inf])
+        hidden = torch.tensor([0.0, 0.0, *[-math.inf] * (classes - 2)])
         return F.cross_entropy(outputs["logits"] + hidden, inputs["labels"]), outputs
 
-    learner(bert(), data, tmp_path, loss).consolidate()
+    learner(bert(num_labels=classes), data, tmp_path, loss).consolidate()
     assert any("is not −log p of" in message for message in caplog.messages)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.config.checked import boolean
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.checks import (
@@ -108,6 +109,7 @@ def run_tasks(
     """
     if ewc_state is not None and ewc_config is None:
         raise ValueError("run_tasks got an ewc_state without ewc_config; give both, or neither.")
+    boolean("resume", resume)
     plan = planned(
         tasks,
         args,
@@ -168,6 +170,8 @@ def planned(
 ) -> Plan:
     """The plan of a run, whose arguments are all looked at here, before anything is done."""
     check_types(tasks, args, ewc_config, sequence_config)
+    boolean("mask_training", mask_training)
+    boolean("evaluate_unseen", evaluate_unseen)
     check_trainer_arguments(trainer_class, trainer_kwargs, "run_tasks")
     sequence = sequence_config or SequenceConfig()
     check_evaluated(evaluate_also, data_collator)

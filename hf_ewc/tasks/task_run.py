@@ -46,7 +46,7 @@ from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.shards import check_shards
 from hf_ewc.tasks.task import Figures, Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
-from hf_ewc.tasks.tracking import SequenceTracker
+from hf_ewc.tasks.tracking import SequenceTracker, reporting
 from hf_ewc.tasks.training_data import TrainingData, training_data
 from hf_ewc.training.checkpoints import newest_whole_checkpoint
 from hf_ewc.training.converted_weights import needs_conversion
@@ -85,6 +85,7 @@ class TaskRun:
         self._drift: dict[str, float] = {}
         self._lambdas: dict[str, float] = {}
         self._is_resumed = False
+        self._integrations = reporting(plan.args)
         self._tracker = SequenceTracker(plan.args, integrations=())
 
     @contextmanager
@@ -133,6 +134,7 @@ class TaskRun:
         """Learn the tasks that are not learnt yet."""
         if self.record.done == len(self.plan.tasks):
             by_main_process(self.record.complete)
+        by_main_process(self._thin_out)  # an earlier process may have been killed before it
         with self.space, self._progress() as progress, self._tracked():
             self._make_up_for_figures()
             for index in range(self.record.done, len(self.plan.tasks)):
@@ -266,8 +268,12 @@ class TaskRun:
     def _keep(self, index: int) -> None:
         self.record.note_weights(index)
         self.record.write()
+        self._thin_out()
+
+    def _thin_out(self) -> None:
+        """Remove what is not to be kept of earlier tasks."""
         if self.plan.sequence.keep_models == "last":
-            for earlier in range(index):
+            for earlier in range(self.record.done - 1):
                 self.folder.remove_model(earlier)
 
     def _begin_again(self, beginning: Beginning) -> None:
@@ -386,7 +392,7 @@ class TaskRun:
     def _tracked(self) -> Iterator[None]:
         """One run in the trackers of `report_to`, from the first task at work to the last."""
         if self.record.done < len(self.plan.tasks):
-            self._tracker = SequenceTracker(self.plan.args, self._is_resumed)
+            self._tracker = SequenceTracker(self.plan.args, self._is_resumed, self._integrations)
         with closing(self._tracker):
             yield
 

@@ -20,6 +20,21 @@ from hf_ewc.tasks.task import Figures
 FILE = "tracking.json"
 
 
+def reporting(args: TrainingArguments) -> list[TrainerCallback]:
+    """What reports to the trackers that `report_to` names.
+
+    Raises:
+        ValueError: one is not installed, or not known.
+    """
+    try:
+        return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(
+            f"report_to is {args.report_to}: {' '.join(str(error).split())} Or give another, such "
+            "as report_to='none'."
+        ) from error
+
+
 class SequenceTracker(TrainerCallback):
     """Hands the logs of each task's trainer on to `report_to`, as the logs of one run.
 
@@ -30,6 +45,9 @@ class SequenceTracker(TrainerCallback):
         args: of the whole run, whose `report_to`, `output_dir` and `run_name` count.
         is_resumed: whether the run was begun by an earlier process.
         integrations: what reports; those that `report_to` names if None.
+
+    Raises:
+        ValueError: one that `report_to` names is not installed, or not known.
     """
 
     def __init__(
@@ -39,7 +57,7 @@ class SequenceTracker(TrainerCallback):
         integrations: Sequence[TrainerCallback] | None = None,
     ) -> None:
         if integrations is None:
-            integrations = [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
+            integrations = reporting(args)
         self.integrations = list(integrations)
         self.args = copy.copy(args)
         self._is_resumed = is_resumed

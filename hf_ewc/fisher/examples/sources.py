@@ -64,7 +64,11 @@ class Source:
     advice: str = ""
 
 
-# For a list whose elements have several labels: an example has them too.
+# For a list whose elements have several labels: an example has them, and a batch.
+_ARE_BATCHES = (
+    "Each element of the list was taken for a batch, whose rows are the examples; where it is one "
+    "example, give a data_collator, too, such as transformers.default_data_collator. "
+)
 _MAY_BE_BATCHES = (
     "Each element of the list was taken for one example; where it is a batch, give an iterator "
     "over them: iter(list). "
@@ -99,7 +103,8 @@ def source_of(data: Any, collator: Collator | None, wanted: Selection) -> Source
         raise ValueError("Stratified draws need a data set with a length and indices.")
     if isinstance(data, IterableDataset) or (collator is not None and not _is_indexable(data)):
         return _from_stream(data, collator or default_data_collator, wanted)
-    return _shared(numbered_batches(data, wanted.num_samples, wanted.in_documents), wanted)
+    found = _shared(numbered_batches(data, wanted.num_samples, wanted.in_documents), wanted)
+    return replace(found, advice=_ARE_BATCHES) if isinstance(data, (list, tuple)) else found
 
 
 def _from_examples(data: Any, collate: Collator, wanted: Selection) -> Source:

@@ -11,8 +11,8 @@ from hf_ewc.precision import widened, widest
 
 # A class counts as possible above this probability; that of a masked class is 0.
 _POSSIBLE = 1e-6
-# With more classes than this, labels are drawn from those that the batch has.
-_FEW = 64
+# With more classes than this, labels of a sequence are those that the batch has, before this turn.
+_FEW, _TURN_OF_ALL = 64, 2
 # How often labels are drawn again that would tell nothing.
 _TRIES = 20
 # The share of a sequence's labels that is taken out.
@@ -23,12 +23,16 @@ def made_up(labels: Tensor, classes: Tensor | None, turn: int, *, holes: bool) -
     """Labels of the same shape, dtype and kind, drawn by `turn`.
 
     Args:
-        classes: what integer labels may be; None: what they are, or the values next to it.
+        classes: what integer labels may be; None: what they are, or the values next to it. A loss
+            over some of them, beside a softmax over all, differs by a term without labels: it is
+            the other classes that tell the two apart.
         holes: take out some labels of a sequence, as −100.
     """
     generator = torch.Generator().manual_seed(turn)
     own = labels.detach().cpu()
     classes = None if classes is None else classes.cpu()
+    if classes is not None and own.dim() > 1 and len(classes) > _FEW and turn < _TURN_OF_ALL:
+        classes = several if len(several := _classes_in(own)) > 1 else classes
     drawn = _drawn(own, classes, generator)
     for _ in range(_TRIES):
         if _tells(drawn, own):
@@ -75,10 +79,10 @@ def filled(labels: Tensor) -> Tensor:
 
 def _like_integers(labels: Tensor, classes: Tensor | None, generator: torch.Generator) -> Tensor:
     there = (labels != IGNORED) & (labels >= 0)
-    own = labels[there].unique()
     if classes is not None:
         there = there & (labels <= int(classes.max()))
-    if classes is None or (len(own) > 1 and len(classes) > _FEW):
+    else:
+        own = _classes_in(labels)
         classes = own if len(own) != 1 else torch.cat([own, (own - 1).abs()])
     count = int(there.sum())
     drawn = labels.clone()
@@ -86,6 +90,12 @@ def _like_integers(labels: Tensor, classes: Tensor | None, generator: torch.Gene
         chosen = classes[torch.randint(len(classes), (count,), generator=generator)]
         drawn[there] = chosen.to(labels.dtype)
     return drawn
+
+
+def _classes_in(labels: Tensor) -> Tensor:
+    """The classes that are among the labels, in order."""
+    found: Tensor = labels[(labels != IGNORED) & (labels >= 0)].unique()
+    return found
 
 
 def _like_floats(labels: Tensor, generator: torch.Generator) -> Tensor:
