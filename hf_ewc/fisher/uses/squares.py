@@ -13,8 +13,10 @@ from torch import Tensor
 
 # Elements of one block of `total`: on a CPU it stays in the second-level cache with its scratch
 # twin, on an accelerator it bounds the scratch memory.
-_CPU_BLOCK_ELEMENTS = 1 << 18
+_CPU_BLOCK_ELEMENTS = 1 << 17
 _ACCELERATOR_BLOCK_ELEMENTS = 1 << 24
+# Its rows are a multiple of this: a product of fewer, or of an odd number of them, is slower.
+_ROWS = 64
 # Up to this many positions the pairs of positions are cheaper than a product per example.
 _FEW_POSITIONS = 3
 Pair = tuple[Tensor, Tensor]  # output gradients (T, O) and inputs (T, I) of one example
@@ -66,9 +68,7 @@ def add_linear_pairs(
     if pairs[0][0].dtype == torch.float16:  # a sum over positions may be more than it holds
         pairs = [(gradient.float(), value.float()) for gradient, value in pairs]
     height, width = total.shape
-    on_cpu = total.device.type == "cpu"
-    elements = _CPU_BLOCK_ELEMENTS if on_cpu else _ACCELERATOR_BLOCK_ELEMENTS
-    step = max(16, min(height, elements // max(width, 1)))
+    step = _rows_of_block(total)
     scratch = total.new_empty(min(step, height), width, dtype=pairs[0][0].dtype)
     for start in range(0, height, step):
         block = total[start : start + step]
@@ -79,6 +79,14 @@ def add_linear_pairs(
             if rows is not None:
                 _add_rows(product, rows[n], start, stop)
             _add_square(block, product)
+
+
+def _rows_of_block(total: Tensor) -> int:
+    """How many rows a block has, so that all blocks are about as large."""
+    on_cpu = total.device.type == "cpu"
+    elements = _CPU_BLOCK_ELEMENTS if on_cpu else _ACCELERATOR_BLOCK_ELEMENTS
+    blocks = max(1, round(total.numel() / elements))
+    return max(1, round(len(total) / blocks / _ROWS)) * _ROWS
 
 
 def _add_rows(block: Tensor, rows: Pair, start: int, stop: int) -> None:
