@@ -263,6 +263,36 @@ def test_probabilities_under_the_name_of_logits_are_refused(loss):
         estimate_fisher(model, [{"x": features(EXAMPLES), "labels": LABELS}])
 
 
+class InARow(Own):
+    """Returns scores and what they are made of as a tuple, in either order."""
+
+    first = "features"
+
+    def forward(self, x):
+        features = torch.tanh(self.hidden(x))
+        if self.first == "features":
+            return features, self.head(features)
+        rows = features[:, None].expand(-1, 3, -1)
+        return self.head(features), rows if self.first == "scores, then rows" else features
+
+
+@pytest.mark.parametrize("first", ["scores", "features"])
+def test_of_several_outputs_without_names_and_a_loss_none_is_taken_for_the_logits(first):
+    model = InARow(3)
+    model.first = first
+    batch = {"x": features(EXAMPLES), "labels": LABELS}
+    with pytest.raises(ValueError, match=r"no loss; 2 of these may be the logits.*Return a dict"):
+        estimate_fisher(model, [batch])
+
+
+def test_outputs_that_do_not_fit_the_labels_leave_no_doubt():
+    model = InARow(3)
+    model.first = "scores, then rows"
+    batch = {"x": features(EXAMPLES, 2).mean(1), "labels": LABELS}
+    found = estimate_fisher(model, [batch], fisher_type="empirical").diagonal
+    assert_close(found, loop(Own(3), batch, softmax))
+
+
 def test_log_probabilities_are_logits():
     model = Own(3, F.nll_loss, change=lambda logits: logits.log_softmax(-1))
     batch = {"x": features(EXAMPLES), "labels": LABELS}

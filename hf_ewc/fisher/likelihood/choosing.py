@@ -93,6 +93,9 @@ def by_what_is_said(
         raise _nothing_known(outputs, batch)
     if not has_labels(batch):
         return candidates[0]  # nothing of it counts
+    fitting = [t for t in outputs.in_a_row if candidates_for(Outputs(t), batch)]
+    if len(fitting) > 1:
+        raise refusals.several_scores(fitting)
     kind = _kind(candidates, problem_type, outputs, batch)
     if kind == SOFTMAX and sums_to_one(logits_of(outputs)):
         raise refusals.probabilities()

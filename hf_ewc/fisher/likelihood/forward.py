@@ -62,6 +62,13 @@ class Outputs:
             return found if isinstance(found, Tensor) else None
         return None
 
+    @property
+    def in_a_row(self) -> list[Tensor]:
+        """The floating tensors of a tuple without a loss, which are not told apart by names."""
+        if not isinstance(self.values, (tuple, list)) or self.loss is not None:
+            return []
+        return [v for v in self.values if isinstance(v, Tensor) and v.is_floating_point()]
+
     def named(self, name: str) -> Tensor | None:
         found = self.values.get(name) if isinstance(self.values, Mapping) else None
         return found if isinstance(found, Tensor) else None

@@ -44,6 +44,14 @@ def no_logits(values: Any) -> ValueError:
     )
 
 
+def several_scores(scores: Sequence[Tensor]) -> ValueError:
+    return ValueError(
+        f"The model returns a tuple of tensors and no loss; {len(scores)} of these may be the "
+        f"logits of the labels ({'; '.join(map(_form, scores))}), such as features beside them. "
+        f"Return a dict with 'logits' and, best, the 'loss'; or {USE_LOG_LIKELIHOOD}."
+    )
+
+
 def no_head(logits: Tensor, labels: Tensor) -> ValueError:
     return ValueError(
         f"Logits of {_form(logits)} and labels of {_form(labels)} are no head that is known here; "
