@@ -29,6 +29,12 @@ class TextTask(LabelledTask):
         super().check()
         if not 1 <= len(self.columns) <= 2:
             raise ValueError(f"task {self.name!r} has the texts {self.columns}; give one or two.")
+        named = [*self.columns, self.label]
+        if len({*named}) < len(named):
+            raise ValueError(
+                f"task {self.name!r} has the texts {self.columns} and the label {self.label!r}; "
+                "give each a column of its own."
+            )
 
 
 def tokenized(part: Part, columns: list[str], rows: dict[str, int], tokenize: Any) -> Dataset:

@@ -324,6 +324,8 @@ def read(task):
         ({"train_file": "x"}, "task 1 has no name"),
         ({"name": "a", "train_file": "x"}, "needs either train_file and eval_file, or"),
         ({"name": "a", "dataset_name": "x", "text": ["a", "b", "c"]}, "give one or two"),
+        ({"name": "a", "dataset_name": "x", "text": ["a", "a"]}, "a column of its own"),
+        ({"name": "a", "dataset_name": "x", "text": "label"}, "a column of its own"),
         ({"name": "a", "dataset_name": "x", "labels": [True]}, "put them in quotes"),
     ],
 )  # fmt: skip
