@@ -206,6 +206,31 @@ def test_an_adapter_on_one_use_of_a_tied_weight_is_refused():
         weights_by_name(model)
 
 
+TIED = {
+    "the first place, gpt2": (gpt2, dict(target_modules=["wte"])),
+    "the second place, gpt2": (gpt2, dict(target_modules=["lm_head"])),
+    "the first place, llama": (lambda: tied(llama()), dict(target_modules=["embed_tokens"])),
+    "both, each by itself": (gpt2, dict(target_modules=["wte", "lm_head"])),
+}
+
+
+def tied(model):
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.get_input_embeddings().weight
+    return model
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_an_adapter_on_a_tied_weight_is_refused_wherever_it_is(name):
+    """W₀ + s B A in one place is no weight of the model without an adapter."""
+    make, config = TIED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns, too
+        model = get_peft_model(make(), LoraConfig(r=2, **config))
+    with pytest.raises(ValueError, match="ties"):
+        weights_by_name(model)
+
+
 # ---- The Fisher of the weights ----
 
 

@@ -1,5 +1,6 @@
 """A head that grows: its rows, what protects them, and what is done about the new ones."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -116,7 +117,8 @@ def test_the_fitted_bias_is_the_best_of_a_grid():
 
     def loss(a, b):
         corrected = torch.cat([logits[:, :3], a * logits[:, 3:] + b], 1).double()
-        return nn.functional.cross_entropy(corrected, labels).item()
+        prior = 0.5 * math.log(a) ** 2 + 0.5 * b**2
+        return nn.functional.cross_entropy(corrected, labels, reduction="sum").item() + prior
 
     best = min(
         (loss(alpha + da, beta + db), da, db)
@@ -125,6 +127,18 @@ def test_the_fitted_bias_is_the_best_of_a_grid():
     )
     assert best[1:] == (0.0, 0.0)
     assert loss(alpha, beta) < loss(1.0, 0.0)
+
+
+@pytest.mark.parametrize("count", [2, 10, 40])
+def test_a_bias_that_nothing_bounds_stays_small(count):
+    """Old and new classes are told apart without an error, whatever α and β."""
+    torch.manual_seed(count)
+    labels = torch.arange(count) % 4
+    logits = torch.randn(count, 4)
+    logits[torch.arange(count), labels] += 6
+    alpha, beta = fitted_bias(logits, labels, 2)
+    assert 0.2 < alpha < 5
+    assert abs(beta) < 2
 
 
 def test_a_corrected_head_has_the_corrected_logits():

@@ -169,7 +169,7 @@ def test_the_parts_of_a_state_are_the_whole():
     assert again.offset == state.offset
 
 
-def calm():
+def quiet_bert():
     return bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
@@ -180,16 +180,16 @@ def test_replayed_examples_go_through_their_own_heads(tmp_path):
         tmp_path, max_steps=1, per_device_train_batch_size=64, optim="sgd", max_grad_norm=0.0
     )
     config = SequenceConfig(replay_per_class=2)
-    two = run_tasks(calm(), tasks[:2], args, sequence_config=config, scenario="task")
+    two = run_tasks(quiet_bert(), tasks[:2], args, sequence_config=config, scenario="task")
     before = {name: p.detach().clone() for name, p in two.model.named_parameters()}
-    third = run_tasks(calm(), tasks, args, sequence_config=config, scenario="task").model
+    third = run_tasks(quiet_bert(), tasks, args, sequence_config=config, scenario="task").model
     kept = json.loads((tmp_path / "replay.json").read_text())["3"]
     stored = load_file(tmp_path / "02-three" / "final" / "heads.safetensors")
-    fresh = Heads(calm(), {"three": Head(3), "number": Head(1, "regression")}, seed=42)
+    fresh = Heads(quiet_bert(), {"three": Head(3), "number": Head(1, "regression")}, seed=42)
     with fresh.only("number"):
         for name, tensor in fresh._inner.classifier.state_dict().items():
             stored[f"2.classifier.{name}"] = tensor
-    model = calm()
+    model = quiet_bert()
     model.load_state_dict({**model.state_dict(), **before_of_backbone(before)})
     model.eval()
     heads, loss = {}, 0.0

@@ -229,7 +229,7 @@ def test_the_penalty_is_ewcs_plus_half_mu_times_the_square_distance():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     newer = {name: p.detach().clone() for name, p in model.named_parameters()}
-    both, settings = with_l2_sp(state, config, model, 0.7, {"classifier.weight": 0})
+    both, settings = with_l2_sp(state, config, model, 0.7, {"classifier.weight": None})
     only, _ = with_l2_sp(EWCState(), None, model, 0.7, {})
     with torch.no_grad():
         for p in model.parameters():

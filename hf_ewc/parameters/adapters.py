@@ -42,18 +42,30 @@ def weights_by_name(model: nn.Module) -> dict[str, nn.Parameter | AdaptedWeight]
             "without it. Use ewc_space='adapter'."
         )
     adapted = dict(_adapted(base))
+    _check_tied(model, base, adapted)
     found: dict[str, nn.Parameter | AdaptedWeight] = {}
     for name, parameter in base.named_parameters():
         plain = _plain_name(base, canonical_name(name))
         if plain is not None:
-            found[plain] = adapted.pop(plain, parameter)
-    if adapted:
-        raise ValueError(
-            f"An adapter changes {', '.join(adapted)}, which {class_name(model)} ties to another "
-            "weight that it does not change; no one weight stands for both. Use "
-            "ewc_space='adapter'."
-        )
+            found[plain] = adapted.get(plain, parameter)
     return found
+
+
+def _check_tied(model: nn.Module, base: nn.Module, adapted: Mapping[str, AdaptedWeight]) -> None:
+    """Refuse an adapter on a weight that the model has in other places, too: a `ValueError`."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        plain = _plain_name(base, canonical_name(name))
+        if plain is not None:
+            names.setdefault(id(parameter), []).append(plain)
+    for name, weight in adapted.items():
+        others = [other for other in names.get(id(weight.base), []) if other != name]
+        if others:
+            raise ValueError(
+                f"An adapter changes {name}, which {class_name(model)} ties to "
+                f"{', '.join(others)}: its change is of one place alone, or each has its own, and "
+                "no one weight stands for all. Use ewc_space='adapter'."
+            )
 
 
 def weights_named(

@@ -153,6 +153,8 @@ class Consolidation:
 
     def _problems(self, name: str) -> list[str]:
         """What would not be finite in the new state, one phrase each."""
+        if self._value(name).is_complex():
+            return [f"{name}: the parameter is complex; a state holds real ones"]
         problems = []
         if not math.isfinite(_largest(sharding.local_part(self._value(name)))):
             problems.append(f"{name}: the anchor has values that are not finite")

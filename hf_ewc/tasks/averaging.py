@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hf_ewc.parameters.names import parameters_by_name
-from hf_ewc.parameters.sharding import local_part, part_like
+from hf_ewc.parameters.sharding import local_part, part_like, whole_values
 
 
 class Average:
@@ -20,15 +20,18 @@ class Average:
     Args:
         model: as it is before the task.
         alpha: α.
-        free: names of parameters that are not averaged, as a head that is new.
+        free: by name, which rows of a parameter are not averaged, as those of new classes; None:
+            all, as of a new head.
     """
 
-    def __init__(self, model: nn.Module, alpha: float, free: Collection[str] = ()) -> None:
-        self._alpha = alpha
+    def __init__(
+        self, model: nn.Module, alpha: float, free: Mapping[str, Sequence[int] | None]
+    ) -> None:
+        self._alpha, self._free = alpha, free
         self._start: dict[str, Tensor] = {
             name: parameter.detach().clone()
             for name, parameter in parameters_by_name(model, trainable_only=True).items()
-            if name not in free
+            if free.get(name, ()) is not None
         }
 
     @torch.no_grad()
@@ -37,6 +40,8 @@ class Average:
         parameters = parameters_by_name(model)
         for name, start in self._start.items():
             now = local_part(parameters[name])
+            if rows := self._free.get(name):
+                start[list(rows)] = whole_values(parameters[name]).to(start)[list(rows)]
             before = part_like(start, parameters[name]).to(now.device)
             now.copy_(before + self._alpha * (now - before))
 

@@ -11,7 +11,7 @@ from hf_ewc.config import EWCConfig
 from hf_ewc.config.checked import number
 from hf_ewc.fisher.examples.kinds import check_kind, check_label_numbers
 from hf_ewc.tasks.arguments import own_arguments
-from hf_ewc.tasks.heads import heads_of
+from hf_ewc.tasks.heads import heads_of, key_of
 from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.scenario import SCENARIOS, labels_of
@@ -64,13 +64,16 @@ def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) 
                 check_label_numbers(what, data)
 
 
-def check_evaluated(tasks: Any, data_collator: Callable[..., Any] | None) -> None:
-    """Refuse what cannot be evaluated beside the tasks, or is one of them.
+def check_evaluated(
+    tasks: Any, learnt: Sequence[Task], data_collator: Callable[..., Any] | None
+) -> None:
+    """Refuse what cannot be evaluated beside the tasks that are learnt, or is one of them.
 
     Raises:
         TypeError: these are no tasks.
-        ValueError: one has training data.
+        ValueError: one has training data, or a head that no task learns.
     """
+    heads = heads_of(learnt)
     if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
         raise TypeError("evaluate_also must be a list of hf_ewc.Task.")
     for task in tasks:
@@ -78,6 +81,11 @@ def check_evaluated(tasks: Any, data_collator: Callable[..., Any] | None) -> Non
             raise ValueError(
                 f"task {task.name!r} of evaluate_also has a train_dataset; put it among the tasks, "
                 "or give None."
+            )
+        if key_of(task) not in (None, *heads) or heads_of([*learnt, task]) != heads:
+            raise ValueError(
+                f"task {task.name!r} of evaluate_also has a head of its own, which no task trains; "
+                f"name the head of one, as Head(…, name=…): {', '.join(heads) or 'none has one'}."
             )
         what = f"the eval_dataset of task {task.name!r}"
         check_kind(what, task.eval_dataset)

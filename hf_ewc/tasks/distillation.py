@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ class Distillation:
     earlier task k knew: its classes, its head's outputs, or, where all tasks share all outputs, the
     known classes once (Li & Hoiem 2016, arXiv 1606.09282; the factor T² is Hinton et al.'s, 2015).
     Outputs of a regression are compared by their square distance. The teacher is run in evaluation
-    mode; of the model it has a copy of what is trained alone, so that under an adapter the base is
-    there once.
+    mode; of the model it has a copy of what training changes alone (parameters that are trained,
+    running statistics, heads), so that under an adapter the base is there once.
 
     Args:
         model: as it is before the task.
@@ -52,32 +52,42 @@ class Distillation:
         self._space, self._weight, self._temperature = space, weight, temperature
         self._views = _different(earlier)
         self._known = None if known is None else torch.tensor(sorted(known))
-        parameters = unwrap(model).named_parameters()
-        trained = {name: p for name, p in parameters if p.requires_grad}
-        if any(is_sharded(p) for p in trained.values()):
+        inner = unwrap(model)
+        if any(is_sharded(p) for p in inner.parameters() if p.requires_grad):
             raise ValueError("distillation does not go with models in shards (FSDP2, ZeRO-3).")
-        self._teacher = {name: p.detach().clone() for name, p in trained.items()}
+        self._heads: dict[str | None, dict[str, Tensor]] = {}
+        with space.one_head():
+            changing = [name for name, t in _all_tensors(inner).items() if _may_change(t)]
+            self._teacher = _copied(changing, inner)
+            if space.heads is not None:
+                for task in self._views:
+                    with space.of(task, masked=False):
+                        self._heads[key_of(task)] = _copied(space.heads.names_in_place(), inner)
 
     def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         inner = unwrap(model)
         given = {name: value for name, value in inputs.items() if name != "labels"}
         terms = []
         for task in self._views:
-            with self._space.of(task, masked=False), self._space.frozen_head():
-                # The outputs at hand are those that the new task sees.
-                student = _logits(inner(**given))
-                teacher = self._taught(inner, given)
+            with self._space.one_head(), self._space.of(task, False), self._space.frozen_head():
+                # The outputs at hand are those that the new task sees. This forward leaves running
+                # statistics alone, which have taken the batch in already.
+                statistics = {name: b.clone() for name, b in inner.named_buffers()}
+                student = _logits(functional_call(inner, statistics, kwargs=given))
+                teacher = self._taught(key_of(task), inner, given)
             terms.append(self._distance(task, inner, teacher, student, given))
         total: Tensor = torch.stack(terms).sum()
         return self._weight * total
 
-    def _taught(self, inner: nn.Module, given: Mapping[str, Any]) -> Tensor:
-        own = dict(inner.named_parameters())
-        values = {name: t.to(own[name].device) for name, t in self._teacher.items() if name in own}
-        fits = {name: t for name, t in values.items() if t.shape == own[name].shape}
-        if self._space.heads is not None:  # those of other tasks are as they were
+    def _taught(self, key: str | None, inner: nn.Module, given: Mapping[str, Any]) -> Tensor:
+        own = _all_tensors(inner)
+        taught = self._teacher
+        if self._space.heads is not None:
             head = self._space.heads.names_in_place()
-            fits = {name: t for name, t in fits.items() if name not in head}
+            rest = {name: t for name, t in taught.items() if name not in head}
+            taught = {**rest, **self._heads[key]}
+        values = {name: t.to(own[name].device) for name, t in taught.items() if name in own}
+        fits = {name: t for name, t in values.items() if t.shape == own[name].shape}
         with torch.no_grad(), evaluating(inner):
             return _logits(functional_call(inner, fits, kwargs=dict(given)))
 
@@ -104,6 +114,19 @@ class Distillation:
         if self._known is not None and task.head is None:
             return self._known.to(logits.device)
         return torch.arange(logits.shape[-1], device=logits.device)
+
+
+def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _may_change(tensor: Tensor) -> bool:
+    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+
+
+def _copied(names: Iterable[str], model: nn.Module) -> dict[str, Tensor]:
+    own = _all_tensors(model)
+    return {name: own[name].detach().clone() for name in names}
 
 
 def _different(earlier: Sequence[Task]) -> list[Task]:

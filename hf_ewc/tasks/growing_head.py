@@ -102,9 +102,11 @@ def align_weights(model: nn.Module, old: int) -> None:
 
 
 def fitted_bias(logits: Tensor, labels: Tensor, old: int) -> tuple[float, float]:
-    """α and β for which softmax(z_old, α z_new + β) fits the labels best.
+    """α > 0 and β for which softmax(z_old, α z_new + β) fits the labels best.
 
-    Bias correction (Wu et al. 2019, arXiv 1905.13260, equation 4), by Newton-like steps in fp64.
+    Bias correction (Wu et al. 2019, arXiv 1905.13260, equation 4), by Newton-like steps in fp64:
+    the least Σ −log p + ½ (log α)² + ½ β², a sum over examples. The last two terms, one example's
+    worth, keep both finite where old and new classes are told apart without an error.
 
     Args:
         logits: [N, classes], of examples that the model was not trained on.
@@ -112,20 +114,21 @@ def fitted_bias(logits: Tensor, labels: Tensor, old: int) -> tuple[float, float]
         old: how many classes are old.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()
-    alpha = torch.ones((), dtype=torch.float64, requires_grad=True)
+    log_alpha = torch.zeros((), dtype=torch.float64, requires_grad=True)
     beta = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([alpha, beta], max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([log_alpha, beta], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        corrected = torch.cat([logits[:, :old], alpha * logits[:, old:] + beta], 1)
-        value = F.cross_entropy(corrected, labels)
+        corrected = torch.cat([logits[:, :old], log_alpha.exp() * logits[:, old:] + beta], 1)
+        value = F.cross_entropy(corrected, labels, reduction="sum")
+        value = value + 0.5 * (log_alpha.square() + beta.square())
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return alpha.item(), beta.item()
+    return log_alpha.exp().item(), beta.item()
 
 
 @torch.no_grad()

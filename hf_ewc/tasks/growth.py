@@ -39,7 +39,8 @@ class Growth:
         self._is_on = plan.sequence.grow_head
         if not self._is_on:
             return
-        if space.heads is not None or any(task.classes is not None for task in plan.tasks):
+        every = (*plan.tasks, *plan.evaluate_also)
+        if space.heads is not None or any(task.classes is not None for task in every):
             raise ValueError(
                 "grow_head is for one head over all classes; tasks with classes= or head= do "
                 "without."

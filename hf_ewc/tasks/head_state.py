@@ -22,9 +22,9 @@ def split(state: EWCState, head: Collection[str]) -> tuple[EWCState, EWCState]:
 
 
 def joined(backbone: EWCState, head: EWCState | None) -> EWCState:
-    """One state of both, with the records of the backbone's."""
+    """One state of both, with the records of the backbone's if there is any of it."""
     if not head or not backbone:
-        return backbone
+        return head or backbone
     return EWCState(
         {**dict(backbone.importance.items()), **dict(head.importance.items())},
         {**dict(backbone.anchor.items()), **dict(head.anchor.items())},

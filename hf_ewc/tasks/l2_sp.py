@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ def with_l2_sp(
     config: EWCConfig | None,
     model: nn.Module,
     strength: float,
-    free: Mapping[str, int],
+    free: Mapping[str, Sequence[int] | None],
 ) -> tuple[EWCState, EWCConfig]:
     """State and settings whose penalty is EWC's plus μ/2 ‖θ − θ*‖², θ* the model as it is now.
 
@@ -33,15 +33,15 @@ def with_l2_sp(
         state: of EWC; the empty one without it.
         config: of EWC; None without it.
         strength: μ.
-        free: by name, from which row on the second term leaves a parameter alone, as the new rows
-            of a head that has grown; from 0 on all of a new head.
+        free: by name, which rows of a parameter the second term leaves alone, as those of new
+            classes; None: all, as of a new head.
     """
     scaled = _with_lambdas(state, config, model) if config is not None and state else EWCState()
     ones = Fisher(
         {
-            name: _ones(whole_shape(parameter), free.get(name))
+            name: _ones(whole_shape(parameter), free.get(name, ()))
             for name, parameter in parameters_by_name(model, trainable_only=True).items()
-            if free.get(name) != 0
+            if free.get(name, ()) is not None
         }
     )
     both = scaled.consolidate(ones, model, mode="separate", weight=strength, name="L2-SP")
@@ -57,10 +57,10 @@ def with_l2_sp(
     return both, settings
 
 
-def _ones(shape: torch.Size, rows: int | None) -> torch.Tensor:
+def _ones(shape: torch.Size, free: Sequence[int] | None) -> torch.Tensor:
     ones = torch.ones(shape)
-    if rows is not None:
-        ones[rows:] = 0.0
+    if free:
+        ones[list(free)] = 0.0
     return ones
 
 

@@ -23,9 +23,11 @@ class LabelSpace:
         tasks: whose classes are checked against the model's head.
         seed: of the first weights of the tasks' own heads.
         separated: whether old and new classes will be told apart in training.
+        also: further tasks that are only evaluated.
 
     Attributes:
         heads: the tasks' own; None where there are none.
+        has_classes: whether training may see some classes of the shared head alone.
 
     Raises:
         ValueError: classes that the head does not have, no linear head for them, or heads that do
@@ -33,11 +35,17 @@ class LabelSpace:
     """
 
     def __init__(
-        self, model: nn.Module, tasks: Sequence[Task], seed: int = 0, separated: bool = False
+        self,
+        model: nn.Module,
+        tasks: Sequence[Task],
+        seed: int = 0,
+        separated: bool = False,
+        also: Sequence[Task] = (),
     ) -> None:
-        has_classes = separated or any(task.classes is not None for task in tasks)
-        self._mask = ClassMask(model) if has_classes else None
-        for task in tasks:
+        self.has_classes = separated or any(task.classes is not None for task in tasks)
+        masks = self.has_classes or any(task.classes is not None for task in also)
+        self._mask = ClassMask(model) if masks else None
+        for task in (*tasks, *also):
             if self._mask is not None and task.classes is not None:
                 self._mask.check(task.classes)
         heads = heads_of(tasks)
@@ -79,16 +87,17 @@ class LabelSpace:
             yield
 
     @contextmanager
-    def of_rows(self, tasks: Sequence[Task]) -> Iterator[None]:
-        """Inside the block each row of a batch sees the outputs that its own task does."""
-        classes = [task.classes for task in tasks]
-        with nullcontext() if self._mask is None else self._mask.only_by_row(classes):
+    def one_head(self) -> Iterator[None]:
+        """Inside the block the model holds the head in place alone, where tasks have their own."""
+        with nullcontext() if self.heads is None else self.heads.unregistered():
             yield
 
-    @property
-    def has_classes(self) -> bool:
-        """Whether some task has classes of its own on the shared head."""
-        return self._mask is not None
+    @contextmanager
+    def of_rows(self, tasks: Sequence[Task], masked: bool = True) -> Iterator[None]:
+        """Inside the block each row of a batch sees the outputs that its own task does."""
+        classes = [task.classes if masked else None for task in tasks]
+        with nullcontext() if self._mask is None else self._mask.only_by_row(classes):
+            yield
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.adapters import has_adapters
 from hf_ewc.state.ewc_state import EWCState
+from hf_ewc.tasks.class_mask import classification_heads
 from hf_ewc.tasks.growing_head import head_parameters
 from hf_ewc.tasks.head import head_names, head_names_in_states
 from hf_ewc.tasks.head_state import joined, split
@@ -48,7 +50,7 @@ class Protection:
         _check_space(plan, model)
         self._plan, self._space = plan, space
         self._of_heads: dict[str | None, EWCState] = {}
-        self._old_rows: dict[str, int] = {}
+        self._grown_rows: dict[str, Sequence[int]] = {}
         self.config = plan.config
         if self.config is not None and self.config.fisher_data != "train":
             self.config = replace(self.config, fisher_data="train")  # the run holds out by itself
@@ -96,15 +98,18 @@ class Protection:
         if config is not None and factor != 1.0:
             config = stronger(config, factor)
         if strength and index:
-            free = dict.fromkeys(self.new_head(index, model), 0) | self._old_rows
+            free = {**self.new_rows(index, model), **self._grown_rows}
             state, config = with_l2_sp(state, config, model, strength, free)
         return {} if config is None else {"ewc_config": config, "ewc_state": state}
 
     def grow(self, model: nn.Module, old: int | None) -> None:
         """Admit the new rows of the head, which has had `old`; they are not protected."""
-        self._old_rows = {} if old is None else dict.fromkeys(head_parameters(model), old)
+        self._grown_rows = {}
+        if old is not None:
+            rows = range(old, classification_heads(model)[0].out_features)
+            self._grown_rows = dict.fromkeys(head_parameters(model), rows)
         if self.state:
-            names = [name for name in self._old_rows if name in self.state.importance]
+            names = [name for name in self._grown_rows if name in self.state.importance]
             self.state = self.state.grow_rows(model, names) if names else self.state
 
     def consolidate(self, trainer: Any, index: int, data: TrainingData) -> None:
@@ -148,6 +153,7 @@ class Protection:
         if self._space.heads is None:
             return
         self.state, _ = split(self.state, head_names_in_states(model))
+        self._of_heads = {}
         for i, key in enumerate(self._keys()):
             if (folder / f"head-{i}").is_dir():
                 self._of_heads[key] = EWCState.from_pretrained(folder / f"head-{i}")
@@ -164,6 +170,21 @@ class Protection:
         """The parameters of the task's head, if no task before had it."""
         keys = [key_of(task) for task in self._plan.tasks[: index + 1]]
         return set() if keys[-1] in keys[:-1] else set(head_names(model))
+
+    def new_rows(self, index: int, model: nn.Module) -> dict[str, Sequence[int] | None]:
+        """By name, which rows of a parameter task `index` is the first to train; None: all.
+
+        Those of a head of its own, and those of its own classes on the shared head.
+        """
+        *earlier, task = self._plan.tasks[: index + 1]
+        found: dict[str, Sequence[int] | None] = dict.fromkeys(self.new_head(index, model))
+        if task.classes is None or not self._plan.mask_training:
+            return found
+        if any(each.classes is None for each in earlier):
+            return found
+        known = {label for each in earlier for label in each.classes or ()}
+        new = [label for label in task.classes if label not in known]
+        return {**found, **dict.fromkeys(head_parameters(model), new)} if new else found
 
 
 def stronger(config: EWCConfig, factor: float) -> EWCConfig:

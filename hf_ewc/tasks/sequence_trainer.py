@@ -37,6 +37,7 @@ class Additions:
         terms: of the loss, beside the task's.
         factors: of the learning rate, by parameter name.
         warm_up: which steps train the head alone.
+        masked: whether training sees only a task's own classes.
     """
 
     tasks: Sequence[Task]
@@ -44,6 +45,7 @@ class Additions:
     terms: list[Term] = field(default_factory=list)
     factors: dict[str, float] = field(default_factory=dict)
     warm_up: HeadWarmUp | None = None
+    masked: bool = True
 
 
 class SequenceMixin(_Base):
@@ -72,7 +74,7 @@ class SequenceMixin(_Base):
         if TASK_OF_ROW in inputs:
             inputs = copy.copy(inputs)
             tasks = [self.additions.tasks[k] for k in inputs.pop(TASK_OF_ROW).tolist()]
-            with self.additions.space.of_rows(tasks):
+            with self.additions.space.of_rows(tasks, self.additions.masked):
                 return self._loss_with_terms(model, inputs, return_outputs, **kwargs)
         return self._loss_with_terms(model, inputs, return_outputs, **kwargs)
 
@@ -93,7 +95,8 @@ class SequenceMixin(_Base):
         counts = {name: _num_labels(part) for name, part in parts.items()}
         losses = []
         for name, part in parts.items():
-            with self.additions.space.of(self.additions.tasks[int(name)]):
+            task = self.additions.tasks[int(name)]
+            with self.additions.space.of(task, self.additions.masked):
                 loss = self._loss_with_terms(model, part, False, **kwargs)
             losses.append(loss * (counts[name] / sum(counts.values())))
         total: Tensor = sum(losses[1:], losses[0])
@@ -114,9 +117,17 @@ class SequenceMixin(_Base):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent; during warm-up no gradient but the head's is left."""
         loss = super().training_step(model, *args, **kwargs)
+        self._warm_up()
+        return loss
+
+    def _ewc_enter(self) -> None:
+        """As the parent, where there is a penalty: it moves nothing but the head in warm-up."""
+        super()._ewc_enter()  # type: ignore[misc]
+        self._warm_up()
+
+    def _warm_up(self) -> None:
         if self.additions.warm_up is not None:
             self.additions.warm_up.after_backward(self.state.global_step, self.state.max_steps)
-        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent, with the learning rates multiplied by their factors."""

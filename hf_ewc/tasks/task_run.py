@@ -72,7 +72,10 @@ class TaskRun:
         self.plan, self.model = plan, model
         self.folder = RunFolder(str(plan.args.output_dir), plan.tasks)
         self.record = Record(plan, self.folder, matrix, model, state)
-        self.space = LabelSpace(model, plan.tasks, plan.args.seed, plan.sequence.separated_softmax)
+        separated = plan.sequence.separated_softmax
+        self.space = LabelSpace(
+            model, plan.tasks, plan.args.seed, separated, also=plan.evaluate_also
+        )
         self.growth = Growth(plan, model, self.space)
         self.protection = Protection(plan, self.space, model, state)
         self._training = TaskTraining(plan, self.space, self.growth, self.protection, self.folder)
@@ -289,7 +292,8 @@ class TaskRun:
         mean = self._training.train(trainer, index, data, self._checkpoint(trainer))
         with self.space.of(self.growth.views(index)[index], plan.mask_training):
             if mean is not None:
-                mean.apply(self.model)
+                with self._training.all_heads(data):
+                    mean.apply(self.model)
             self.growth.finish(trainer, index, data, self._training.collator)
             self._measure_drift(trainer, index)
             if plan.config is not None:
@@ -371,6 +375,8 @@ class TaskRun:
         """Weights and state as they were after so many tasks, at least one."""
         folder = self.folder.model(done - 1)
         by_main_process(lambda: self.record.check_weights(done - 1))
+        if self.space.heads is not None:
+            self.space.heads.begin_again()  # those that no file has
         self.space.put(self.plan.tasks[done - 1])
         self.growth.begin(done - 1, self.model)
         if lacks_adapter(self.model, self.plan):  # which the trainer of the first task has made

@@ -90,7 +90,7 @@ class TaskTraining:
         self.collator = trainer.data_collator
         trainer.data_collator = task.data_collator or self.collator
         if isinstance(trainer, SequenceMixin):
-            trainer.additions = Additions(plan.tasks, self._space)
+            trainer.additions = Additions(plan.tasks, self._space, masked=plan.mask_training)
         return trainer
 
     def train(
@@ -102,7 +102,7 @@ class TaskTraining:
         with self._space.of(views[index], plan.mask_training):
             set_seed(trainer.args.seed)
             trainer.data_collator = data.collator(trainer, plan, self.collator)
-            with self._all_heads(data), only_these_train(model, trained(plan, model)):
+            with self.all_heads(data), only_these_train(model, trained(plan, model)):
                 if isinstance(trainer, SequenceMixin):
                     trainer.additions = additions(plan, index, model, self._space, views)
                 mean = average(plan, index, model, self._protection)
@@ -113,7 +113,7 @@ class TaskTraining:
         _refuse_no_step(trainer, plan.tasks[index].name)
         return mean
 
-    def _all_heads(self, data: TrainingData) -> AbstractContextManager[None]:
+    def all_heads(self, data: TrainingData) -> AbstractContextManager[None]:
         """All heads in the model, where a batch may have examples for any of them."""
         if self._space.heads is None or not data.tagged:
             return nullcontext()

@@ -41,7 +41,12 @@ def additions(
     """
     sequence = plan.sequence
     factors = cast("dict[str, float]", sequence.learning_rate_factors or {})
-    found = Additions(views, space, factors=learning_rate_factors(model, factors))
+    found = Additions(
+        views,
+        space,
+        factors=learning_rate_factors(model, factors),
+        masked=plan.mask_training,
+    )
     if sequence.head_warmup_share:
         found.warm_up = HeadWarmUp(model, head_names(model), sequence.head_warmup_share)
     if index and sequence.distillation_weight:
@@ -74,7 +79,7 @@ def average(plan: Plan, index: int, model: nn.Module, protection: Protection) ->
     if kind not in ("mean", "constant") or not index:
         return None
     alpha = alpha_of(kind, plan.sequence.weight_average_alpha, index)
-    return Average(model, alpha, protection.new_head(index, model))
+    return Average(model, alpha, protection.new_rows(index, model))
 
 
 def trained(plan: Plan, model: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import DefaultFlowCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 
 from hf_ewc.config.checked import number
@@ -211,13 +211,13 @@ def _as_it_was(trainer: Any) -> Iterator[_Trials]:
 
 
 def _without_the_users(trainer: Any) -> CallbackHandler:
-    """The callbacks that trainers have of themselves, but for those that print."""
+    """The callbacks without which a trainer does not train, and this package's."""
     handler = trainer.callback_handler
     own: list[TrainerCallback] = [
         callback
         for callback in handler.callbacks
-        if type(callback).__module__.startswith(("transformers.trainer_callback", "hf_ewc."))
-        and not isinstance(callback, (PrinterCallback, ProgressCallback))
+        if isinstance(callback, DefaultFlowCallback)
+        or type(callback).__module__.startswith("hf_ewc.")
     ]
     found: CallbackHandler = copy.copy(handler)
     found.callbacks = own
@@ -250,6 +250,11 @@ def _check(trainer: Any) -> None:
         raise ValueError(
             "the trainer has no EWC state yet, so every λ is the same; give it the one of the "
             "tasks before (ewc_state=)."
+        )
+    if isinstance(trainer.ewc_config.ewc_layer_lambdas, str):
+        raise ValueError(
+            "ewc_layer_lambdas is 'state', which tells a λ for each layer; find_lambda looks for "
+            "one of all, ewc_lambda. Set ewc_layer_lambdas to None to find it."
         )
     if not has_rows(trainer.train_dataset):
         raise ValueError(
