@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from test_lambda_search import Seen, between, enough, three_tasks
 from test_tasks import arguments, same_weights, vit
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from hf_ewc import EWCConfig, EWCTrainer, find_lambda
 from hf_ewc.tasks.evaluation import accuracy
@@ -72,6 +72,17 @@ def test_the_curve_is_that_of_trainings_by_hand_and_all_is_as_before(tmp_path, l
     assert found.ewc_lambda == between([(t.ewc_lambda, t.score) for t in found.curve.trials])
 
 
+def test_callbacks_that_need_evaluation_between_do_not_see_the_trials(tmp_path, learnt):
+    """Early stopping is on every trainer of some people."""
+    trainer = trainer_of(tmp_path, learnt)
+    stopping = EarlyStoppingCallback(1)
+    trainer.add_callback(stopping)
+    found = find_lambda(trainer, metric="accuracy")
+    expected = find_lambda(trainer_of(tmp_path, learnt), metric="accuracy")
+    assert found.ewc_lambda == expected.ewc_lambda
+    assert stopping in trainer.callback_handler.callbacks
+
+
 def test_training_after_it_is_as_without_it(tmp_path, learnt):
     begin = weights_of(learnt[0])
     trainer = trainer_of(tmp_path, learnt)
@@ -105,6 +116,10 @@ def test_what_it_cannot_be_found_for(tmp_path, learnt):
         find_lambda(Trainer(vit(), arguments(tmp_path)))
     with pytest.raises(ValueError, match="no EWC state"):
         find_lambda(trainer_of(tmp_path))
+    trainer = trainer_of(tmp_path, learnt)
+    trainer.ewc_config = EWCConfig(ewc_layer_lambdas="state")
+    with pytest.raises(ValueError, match="tells a λ for each layer; find_lambda looks for one"):
+        find_lambda(trainer)
     trainer = trainer_of(tmp_path, learnt)
     with pytest.raises(ValueError, match="metric is 'f1'"):
         find_lambda(trainer, metric="f1")

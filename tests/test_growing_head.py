@@ -197,6 +197,24 @@ def test_what_cannot_grow(tmp_path):
         classes_so_far([Task("a", scores, scores)])
 
 
+def test_l2_sp_leaves_the_rows_of_new_classes_free(tmp_path):
+    """A shared head of four classes, two of them for each task."""
+    tasks = [
+        replace(task, classes=k)
+        for task, k in zip(three_tasks()[:2], [(0, 1), (2, 3)], strict=True)
+    ]
+    sequence = SequenceConfig(l2sp_lambda=1e6)
+    args = arguments(tmp_path, max_steps=3, optim="sgd", learning_rate=1e-7, weight_decay=0.0)
+    tasks[1] = replace(tasks[1], training_args={"learning_rate": 0.5, "optim": "adamw_torch"})
+    result = run_tasks(vit(4), tasks, args, sequence_config=sequence)
+    first = type(result.model).from_pretrained(tmp_path / "01-0-1" / "final")
+    moved = (result.model.classifier.weight - first.classifier.weight).detach().abs()
+    held = run_tasks(vit(4), tasks, replace(args, output_dir=str(tmp_path / "b")))
+    free = (held.model.classifier.weight - first.classifier.weight).detach().abs()
+    torch.testing.assert_close(moved[2:].mean(), free[2:].mean(), rtol=0.5, atol=0.0)
+    assert not moved[:2].any()
+
+
 def test_l2_sp_leaves_new_rows_free(tmp_path):
     config = EWCConfig(ewc_lambda=0.0, fisher_samples=4)
     result = run(tmp_path, config, three_tasks()[:2], l2sp_lambda=1e6)

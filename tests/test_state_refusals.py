@@ -49,6 +49,13 @@ def test_bad_states_are_refused(arguments, message):
         EWCState(**arguments)
 
 
+def test_complex_parameters_are_refused_by_name():
+    model = nn.Module()
+    model.a = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="a: the parameter is complex; a state holds real ones"):
+        EWCState().consolidate(Fisher(ONE), model)
+
+
 def test_other_than_floating_tensors_are_refused():
     for bad in (torch.ones(2, dtype=torch.int64), [1.0, 2.0]):
         with pytest.raises(TypeError, match="floating-point tensor"):
