@@ -29,8 +29,8 @@ class Average:
     ) -> None:
         self._alpha, self._free = alpha, free
         self._start: dict[str, Tensor] = {
-            name: parameter.detach().clone()
-            for name, parameter in parameters_by_name(model, trainable_only=True).items()
+            name: (whole_values(p) if free.get(name) else p).detach().clone()
+            for name, p in parameters_by_name(model, trainable_only=True).items()
             if free.get(name, ()) is not None
         }
 
