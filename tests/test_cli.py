@@ -162,6 +162,59 @@ def test_fisher_of_a_language_model(tmp_path):
     assert EWCState.from_pretrained(tmp_path / "state").tasks[0].num_examples == 2
 
 
+def test_the_end_of_a_text_counts_where_it_is_what_pads(tmp_path):
+    """As in language models that have no token of their own to pad with."""
+    torch.manual_seed(0)
+    end = WORDS.index("[SEP]")
+    config = GPT2Config(
+        vocab_size=len(WORDS), n_embd=8, n_layer=1, n_head=2, n_positions=8, eos_token_id=end
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    own = tokenizer()
+    own.pad_token, own.eos_token = None, "[SEP]"
+    own.save_pretrained(tmp_path / "model")
+    (tmp_path / "lines.txt").write_text("the good film\nbad\n")
+    command = ["fisher", str(tmp_path / "model"), str(tmp_path / "lines.txt")]
+    options = ["-o", str(tmp_path / "state"), "--fisher_type", "empirical"]
+    assert main([*command, *options]) == 0
+    squares, labels = torch.zeros_like(model.transformer.ln_f.weight), 0
+    for text in ("the good film", "bad"):
+        tokens = tokenizer()(text, return_tensors="pt")
+        ids = tokens["input_ids"]
+        assert ids[0, -1] == end
+        labels += ids.shape[1] - 1
+        log_p = -model(**tokens, labels=ids).loss * (ids.shape[1] - 1)
+        (gradient,) = torch.autograd.grad(log_p, model.transformer.ln_f.weight)
+        squares += gradient**2
+    found = EWCState.from_pretrained(tmp_path / "state").importance["transformer.ln_f.weight"]
+    torch.testing.assert_close(found, squares / labels, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["by name", "by number"])
+def test_classes_of_a_data_set_are_the_models_by_name_where_it_knows_them(knows, tmp_path):
+    """The data counts them in another order."""
+    order = ["yes", "maybe", "no"] if knows else ["good", "so-so", "bad"]
+    names = {"no": 0, "yes": 1, "maybe": 2}
+    model = bert(id2label={i: n for n, i in names.items()}, label2id=names).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    kinds = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=order))
+    numbers = [0, 2, 1, 2]
+    rows = {"text": [text for text, _ in ROWS], "label": numbers}
+    datasets.Dataset.from_dict(rows, kinds).save_to_disk(tmp_path / "data")
+    command = ["fisher", str(tmp_path / "model"), str(tmp_path / "data"), "-o"]
+    assert main([*command, str(tmp_path / "state"), "--fisher_type", "empirical"]) == 0
+    labels = [names[order[number]] if knows else number for number in numbers]
+    rows = [{**tokenizer()(text), "labels": y} for (text, _), y in zip(ROWS, labels, strict=True)]
+    expected = estimate_fisher(
+        model, rows, batch_size=1, data_collator=collate, fisher_type="empirical"
+    )
+    state = EWCState.from_pretrained(tmp_path / "state")
+    for name, values in expected.diagonal.items():
+        torch.testing.assert_close(state.importance[name], values, rtol=1e-4, atol=1e-9)
+
+
 def test_fisher_of_images(tmp_path):
     vit().save_pretrained(tmp_path / "model")
     size = {"height": 8, "width": 8}
@@ -299,6 +352,20 @@ def test_report_tells_runs_of_one_method_and_seed_apart(tmp_path):
     assert {method: [*repeats] for method, repeats in runs.items()} == {
         "EWC": [4],
         "EWC (strong)": [4],
+    }
+
+
+def test_report_takes_runs_of_other_settings_for_other_methods(tmp_path):
+    """Whatever their seeds; those that differ in the seed alone are repetitions."""
+    for name, seed, strength in (("weak", 0, 1.0), ("strong", 1, 1e6), ("again", 2, 1.0)):
+        settings = {"args": {"seed": seed}, "ewc_config": {"ewc_lambda": strength}}
+        write_report(tmp_path / name, {"EWC": [matrix(0.5)]}, details={"settings": settings})
+    folders = [str(tmp_path / name) for name in ("weak", "strong", "again")]
+    assert main(["report", *folders, "-o", str(tmp_path / "out")]) == 0
+    runs, _ = read_outcomes(tmp_path / "out" / "results.json")
+    assert {method: [*repeats] for method, repeats in runs.items()} == {
+        "EWC": [0, 2],
+        "EWC (strong)": [1],
     }
 
 

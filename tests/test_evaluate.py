@@ -6,11 +6,12 @@ import textwrap
 import evaluate
 import numpy as np
 import pytest
-from transformers import EvalPrediction
+from test_tasks import two_tasks, vit
+from transformers import EvalPrediction, Seq2SeqTrainingArguments
 
-from hf_ewc import AccuracyMatrix
+from hf_ewc import AccuracyMatrix, run_tasks
 from hf_ewc.metrics import continual_learning
-from hf_ewc.tasks.named_metrics import NamedMetrics
+from hf_ewc.tasks.named_metrics import NamedMetrics, decided
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +124,25 @@ def test_a_metric_that_does_not_fit(script):
         NamedMetrics(name)(EvalPrediction(np.eye(2), np.array([0, 1])))
     with pytest.raises(ValueError, match=r"shape \(3,\), outputs \(2, 2\)"):
         NamedMetrics(name)(EvalPrediction(np.eye(2), np.array([0, 1, 1])))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "shifted", "expected"),
+    [
+        ([[1, 2, 0]], [[1, -100, 2]], False, ([1, 0], [1, 2])),  # classes of tokens already
+        ([[1, 2, 0]], [[-100, 1, 2]], True, ([1, 2], [1, 2])),
+        ([[2.5, -0.1], [-3.0, 0.2]], [[1.0, 0.0], [1.0, 1.0]], False, ([1, 0, 0, 1], [1, 0, 1, 1])),
+        ([[2.5, -0.1], [-3.0, 0.2]], [[1, -100], [0, 1]], False, ([1, 0, 1], [1, 0, 1])),
+        ([[0.5], [2.0]], [0.4, np.nan], False, ([0.5], [0.4])),  # a regression
+    ],
+)
+def test_what_is_compared_by_name(outputs, labels, shifted, expected):
+    given = EvalPrediction(np.asarray(outputs), np.asarray(labels))
+    for found, wanted in zip(decided(given, shifted), expected, strict=True):
+        assert found.tolist() == wanted
+
+
+def test_what_is_generated_is_not_compared_by_name(tmp_path, script):
+    args = Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=True, use_cpu=True)
+    with pytest.raises(ValueError, match="has to be decoded"):
+        run_tasks(vit(), two_tasks(), args, compute_metrics=script("hits", "1"))

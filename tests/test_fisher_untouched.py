@@ -193,3 +193,17 @@ def test_adapters_of_an_embedding_that_writes_to_its_weight_are_put_back():
         estimate_fisher(model, [batch])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_what_was_compiled_in_place_runs_uncompiled_and_stays_compiled():
+    """Compiled, what intercepts the operations would be compiled again for each of them."""
+    batch = {"x": features(3), "labels": torch.tensor([0, 1, 1])}
+    model, calls = Classifier(2), []
+    call = calls.append
+    model._compiled_call_impl = call
+    found = estimate_fisher(model, [batch]).diagonal
+    assert calls == []
+    assert model._compiled_call_impl is call
+    model._compiled_call_impl = None
+    for name, expected in estimate_fisher(model, [batch]).diagonal.items():
+        assert torch.equal(found[name], expected)

@@ -1,6 +1,7 @@
 """The runner over tasks: scores, scenarios, and going on after a kill as if there was none."""
 
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -430,6 +431,20 @@ def test_a_score_that_cannot_be_is_refused_before_training(tmp_path):
     for name in ("mask_training", "evaluate_unseen", "resume"):
         with pytest.raises(ValueError, match=f"{name} is 'no'; allowed is True or False"):
             run_tasks(vit(), [first], arguments(tmp_path), CONFIG, **{name: "no"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "outside"),
+    [
+        ([[2, 0, -100], [3, 2, 2]], "[0]"),  # tokens
+        ([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]], "[1]"),  # several classes at once
+    ],
+)
+def test_labels_of_rows_outside_the_classes_are_refused(rows, outside, tmp_path):
+    data = [{"pixel_values": torch.zeros(1, 4, 4), "labels": torch.tensor(row)} for row in rows]
+    task = Task("some", data, data, classes=(2, 3), metric="loss")
+    with pytest.raises(ValueError, match=re.escape(f"has the labels {outside} in its training")):
+        run_tasks(vit(), [task], arguments(tmp_path), CONFIG)
 
 
 def test_the_accuracy_of_a_language_model_is_that_of_the_next_token():

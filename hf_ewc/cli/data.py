@@ -66,6 +66,7 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
     texts = given.text or _text_columns(data, label)
     _check_columns(data, texts)
     _check_texts(data, texts[:2], given.data)
+    names = [] if label is None else _names(data, label, model)
     longest = fitting_length(
         "--max_length", given.max_length, tokenizer, model.config, texts=len(texts[:2])
     )
@@ -74,12 +75,15 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
         columns = (rows[name] for name in texts[:2])
         found = dict(tokenizer(*columns, truncation=True, max_length=longest))
         if label is not None:
-            found["labels"] = [_label(value, model) for value in rows[label]]
+            found["labels"] = [_label(_named(value, names), model) for value in rows[label]]
+        else:
+            found["labels"] = [list(ids) for ids in found["input_ids"]]
         return found
 
     ready = data.map(prepared, batched=True, remove_columns=data.column_names)
     if label is None:
-        return ready, transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        # One that pads labels by −100: the end of a text may be the token that pads.
+        return ready, transformers.DataCollatorForSeq2Seq(tokenizer)
     return ready, transformers.DataCollatorWithPadding(tokenizer)
 
 
@@ -87,13 +91,13 @@ def _of_images(data: Any, image: str, model: Any, given: argparse.Namespace) -> 
     """Pixels and the label's number, prepared as they are asked for."""
     processor = pretrained(transformers.AutoImageProcessor, given.model)
     label = _label_column(data, given.label)
-    names = getattr(data.features[label], "names", None)
+    names = _names(data, label, model)
     mode = {1: "L", 3: "RGB"}.get(getattr(model.config, "num_channels", 3), "RGB")
 
     def prepared(rows: dict[str, list[Any]]) -> dict[str, Any]:
         pixels = processor([picture.convert(mode) for picture in rows[image]], return_tensors="pt")
-        values = [names[value] if names else value for value in rows[label]]
-        return {**pixels, "labels": [_label(value, model) for value in values]}
+        labels = [_label(_named(value, names), model) for value in rows[label]]
+        return {**pixels, "labels": labels}
 
     return data.with_transform(prepared), None
 
@@ -132,8 +136,24 @@ def _check_texts(data: Any, columns: list[str], where: str) -> None:
                 )
 
 
+def _names(data: Any, label: str, model: Any) -> list[str]:
+    """Of the classes of a column by number, where the model knows them by name; else none."""
+    found: list[str] = getattr(data.features[label], "names", None) or []
+    known = model.config.label2id or {}
+    return found if any(name in known for name in found) else []
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
 def _label(value: Any, model: Any) -> int | float:
     """The label's number in the model's head, from its name or its number."""
+    if not isinstance(value, (str, bool, int, float)):
+        raise ValueError(
+            f"a label is {value!r:.60}; needed is one name or number for each example. For labels "
+            "of tokens, or several of an example, use hf_ewc.estimate_fisher on tokenized data."
+        )
     known = model.config.label2id or {}
     if isinstance(value, str):
         value = value.strip()
@@ -146,6 +166,6 @@ def _label(value: Any, model: Any) -> int | float:
         value = int(value)  # as a table has them where some are missing
     if isinstance(value, float):
         return value
-    if value is None or not 0 <= value < model.config.num_labels:
+    if not 0 <= value < model.config.num_labels:
         raise ValueError(f"a label is {value}; the model has 0 to {model.config.num_labels - 1}.")
     return int(value)

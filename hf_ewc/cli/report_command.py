@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_ewc.report import difference_table, score_table, summary_table, write_report
-from hf_ewc.report.outcome import Outcome, Runs, as_runs, matrices
+from hf_ewc.report.outcome import Outcome, as_runs, matrices
 from hf_ewc.report.results import read_outcomes
 
 EXAMPLES = """
@@ -44,7 +46,7 @@ def run(given: argparse.Namespace) -> None:
                 f"-o {output} holds the results of a run, which could not go on without them; "
                 "give another folder."
             )
-    runs = as_runs(merged((file.absolute().parent.name, runs_in(file)) for file in files))
+    runs = as_runs(merged(found for file in files for found in runs_in(file)))
     write_report(output, runs, title=given.title)
     print(summary_table(runs))
     if table := difference_table(runs):
@@ -67,28 +69,51 @@ def results_in(folder: Path) -> list[Path]:
     return found
 
 
-def runs_in(file: Path) -> Runs:
+@dataclass(frozen=True)
+class Found:
+    """A method's runs by seed in the results of one folder; what they were set to, as JSON."""
+
+    folder: str
+    method: str
+    repeats: Mapping[int, Outcome]
+    settings: str
+
+
+def runs_in(file: Path) -> Iterator[Found]:
     """The runs of one file; where only its settings tell the seed, by that."""
     runs, content = read_outcomes(file)
     settings = content.get("settings")
     arguments = settings.get("args") if isinstance(settings, dict) else None
     seed = arguments.get("seed") if isinstance(arguments, dict) else None
-    if isinstance(seed, int):
-        return {
-            method: {seed: repeats[0]} if [*repeats] == [0] else repeats
-            for method, repeats in runs.items()
-        }
-    return runs
+    own = content.get("methods")
+    for method, repeats in runs.items():
+        if isinstance(seed, int) and [*repeats] == [0]:
+            repeats = {seed: repeats[0]}
+        given = own.get(method) if isinstance(own, dict) else settings
+        yield Found(file.absolute().parent.name, method, repeats, _without_seed(given))
 
 
-def merged(found: Iterable[tuple[str, Runs]]) -> dict[str, dict[int, Outcome]]:
-    """All runs by method and seed; a method run twice with a seed gets its folder's name, too."""
+def _without_seed(settings: Any) -> str:
+    """What may not differ between repetitions of one method."""
+    if isinstance(settings, dict) and isinstance(settings.get("args"), dict):
+        arguments = {k: v for k, v in settings["args"].items() if k not in ("seed", "data_seed")}
+        settings = {**settings, "args": arguments}
+    return json.dumps(settings, sort_keys=True)
+
+
+def merged(found: Iterable[Found]) -> dict[str, dict[int, Outcome]]:
+    """All runs by method and seed.
+
+    A method that was run with other settings, or twice with a seed, gets its folder's name, too.
+    """
     together: dict[str, dict[int, Any]] = {}
-    for name, runs in found:
-        for method, repeats in runs.items():
-            known = together.get(method, {})
-            key = method if not known.keys() & repeats.keys() else f"{method} ({name})"
-            while together.get(key, {}).keys() & repeats.keys():
-                key += "'"
-            together.setdefault(key, {}).update(repeats)
+    settings: dict[str, str] = {}
+    for each in found:
+        key, named = each.method, False
+        while key in together and (
+            settings[key] != each.settings or together[key].keys() & each.repeats.keys()
+        ):
+            key, named = f"{key}'" if named else f"{each.method} ({each.folder})", True
+        settings[key] = each.settings
+        together.setdefault(key, {}).update(each.repeats)
     return together

@@ -59,7 +59,7 @@ def _end_turn(nested: bool) -> None:
 def untouched(
     model: nn.Module, selected: Mapping[str, nn.Parameter], action: Callable[[], Result]
 ) -> Result:
-    """action() in eval mode, with a gradient for the `selected` parameters alone; all put back.
+    """action() in eval mode, not compiled, with a gradient for `selected` alone; all put back.
 
     Kept: parameters (the values of those that a forward writes to), `.grad` (set aside, not
     written to), `requires_grad`, the mode and other attributes of each module, buffers,
@@ -102,6 +102,11 @@ class Snapshot:
         ]
         self._owners = [(owner, _public(owner)) for owner in _with_attributes(model)]
         self._hooks = [(hooks, set(hooks)) for hooks in _hooks_of(model)]
+        self._compiled = [
+            (module, call)
+            for module in model.modules()
+            if (call := getattr(module, "_compiled_call_impl", None)) is not None
+        ]
 
     def set_up(self, selected: Mapping[str, nn.Parameter]) -> None:
         """Eval mode, no caches of keys and values, gradients for the `selected` alone.
@@ -110,6 +115,8 @@ class Snapshot:
         """
         _under_estimate.add(id(self._model))
         self._model.eval()
+        for module, _ in self._compiled:  # what intercepts operations would be compiled, too
+            module._compiled_call_impl = None
         chosen = {id(parameter) for parameter in selected.values()}
         for parameter, _, _ in self._parameters:
             parameter.requires_grad_(id(parameter) in chosen)
@@ -132,6 +139,8 @@ class Snapshot:
             for module, training in self._modes:
                 module.training = training
             self._remove_hooks()
+            for module, call in self._compiled:
+                module._compiled_call_impl = call
             self._random.put_back()
             torch.set_grad_enabled(self._grad_enabled)
             _under_estimate.discard(id(self._model))

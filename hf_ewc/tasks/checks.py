@@ -14,7 +14,7 @@ from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.heads import heads_of, key_of
 from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.run_folder import safe_name
-from hf_ewc.tasks.scenario import SCENARIOS, labels_of
+from hf_ewc.tasks.scenario import SCENARIOS, labels_in_rows_of, labels_of
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
 from hf_ewc.tasks.training_data import holds_out
@@ -116,7 +116,7 @@ def check_tasks(
         if task.classes is None:
             continue
         for kind, data in (("training", task.train_dataset), ("evaluation", task.eval_dataset)):
-            outside = labels_of(data) - set(task.classes)
+            outside = (labels_of(data) or labels_in_rows_of(data)) - set(task.classes)
             if outside:
                 raise ValueError(
                     f"task {task.name!r} has the labels {sorted(outside)} in its {kind} data, "
@@ -214,12 +214,25 @@ def check_sequence(
         )
 
 
-def check_score(task: Task, compute_metrics: Metrics | str | Sequence[str] | None) -> None:
+def check_score(
+    task: Task, compute_metrics: Metrics | str | Sequence[str] | None, args: TrainingArguments
+) -> None:
     """Refuse a task whose score cannot be had, before it is trained: a `ValueError`."""
     if task.eval_dataset is None:
         raise ValueError(f"task {task.name!r} has no eval_dataset, on which its score is measured.")
     if compute_metrics is not None and not callable(compute_metrics):
         NamedMetrics(compute_metrics)
+        if getattr(args, "predict_with_generate", False):
+            raise ValueError(
+                f"compute_metrics names {compute_metrics!r} and predict_with_generate is set: what "
+                "is generated stands in other places than the labels, and has to be decoded. Give "
+                "compute_metrics as a function that decodes both."
+            )
+    if not callable(compute_metrics) and not args.eval_do_concat_batches:
+        raise ValueError(
+            "eval_do_concat_batches is False, which leaves outputs in batches for compute_metrics; "
+            "give that as a function which takes them, or leave the setting out."
+        )
     if compute_metrics is None and task.metric not in ("accuracy", *LOWER_IS_BETTER):
         raise ValueError(
             f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "

@@ -18,6 +18,7 @@ from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Figures, Metrics, Task
 from hf_ewc.tasks.token_scores import TokenScores, is_causal
+from hf_ewc.training.evaluating import all_of_its_own_data
 
 logger = logging.getLogger("hf_ewc")
 
@@ -47,7 +48,7 @@ def evaluate(
     found = {}
     for task in tasks:
         prefix = f"eval_{task.name}"
-        with scoring(trainer, task, plan, collator), space.of(task):
+        with all_of_its_own_data(trainer), scoring(trainer, task, plan, collator), space.of(task):
             metrics = trainer.evaluate(task.eval_dataset, metric_key_prefix=prefix)
         found[task.name] = figures_of(metrics, prefix)
     return found

@@ -16,8 +16,9 @@ Metrics = Callable[[EvalPrediction], dict[str, float]]
 class NamedMetrics:
     """A `compute_metrics` that asks modules of `evaluate`.
 
-    Predictions are the classes of the highest logits, or the outputs themselves where labels are
-    real numbers; labels of -100 do not count.
+    Predictions are the classes of the highest logits; yes or no for each output where labels are 0
+    and 1 for each; the outputs themselves where labels are other real numbers, or where they are
+    classes already. Labels of -100 do not count.
 
     Args:
         names: as `evaluate.load` takes them: of the Hub, cached ones, or paths of scripts.
@@ -57,8 +58,17 @@ def decided(prediction: EvalPrediction, shifted: bool = False) -> tuple[Any, Any
     outputs = prediction.predictions
     outputs = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
     labels = np.asarray(prediction.label_ids)
+    if outputs.dtype.kind == "i" and outputs.shape == labels.shape:  # classes already
+        if shifted:
+            outputs, labels = outputs[:, :-1], labels[:, 1:]
+        counted = labels != -100
+        return outputs[counted], labels[counted]
     if labels.dtype.kind == "f" or outputs.shape == labels.shape:
-        return outputs.reshape(-1), labels.reshape(-1)
+        there = (labels != -100) & (labels == labels)  # which NaN is not
+        outputs, labels = outputs.reshape(labels.shape)[there], labels[there]
+        if there.ndim > 1 and there.shape[-1] > 1 and np.isin(labels, (0, 1)).all():
+            return (outputs > 0).astype(np.int64), labels.astype(np.int64)
+        return outputs, labels
     if labels.shape != outputs.shape[:-1]:
         raise ValueError(
             f"metrics by name need one label for each row of outputs; labels have the shape "

@@ -182,7 +182,7 @@ def planned(
     check_tasks(tasks, args, ewc_config, trainer_class, scenario)
     check_sequence(tasks, args, trainer_class, sequence, ewc_config)
     for task in (*tasks, *evaluate_also):
-        check_score(task, task.compute_metrics or compute_metrics)
+        check_score(task, task.compute_metrics or compute_metrics, args)
     plan = Plan(
         tasks=tuple(tasks),
         args=args,

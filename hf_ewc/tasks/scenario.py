@@ -48,6 +48,23 @@ def labels_of(dataset: Any, limit: int = 64) -> set[int]:
     return set(_integers(labels_of_some(dataset, limit)))
 
 
+def labels_in_rows_of(dataset: Any, limit: int = 256) -> set[int]:
+    """The classes among about `limit` examples with a label for each token, or for each class.
+
+    Rows of 0 and 1 alone do not say which of the two they are: those of real numbers are taken for
+    a label for each class, those of integers for nothing.
+    """
+    rows = [np.asarray(value) for value in labels_of_some(dataset, limit)]
+    if not rows or not all(row.ndim == 1 and row.dtype.kind in "iuf" for row in rows):
+        return set()
+    values = np.concatenate(rows)
+    if set(np.unique(values)) <= {0, 1, -100}:
+        real = all(row.dtype.kind == "f" for row in rows)
+        return {int(i) for row in rows for i in np.flatnonzero(row == 1)} if real else set()
+    whole = all(row.dtype.kind in "iu" for row in rows)
+    return {int(value) for value in np.unique(values) if value != -100} if whole else set()
+
+
 def commonest_share(dataset: Any, limit: int = 256) -> float | None:
     """The share of the most frequent class label among about `limit` examples, evenly spread.
 

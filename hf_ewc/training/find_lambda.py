@@ -19,6 +19,7 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 from hf_ewc.config.checked import number
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
+from hf_ewc.training.evaluating import all_of_its_own_data
 from hf_ewc.training.held_out import (
     has_rows,
     held_out_rows,
@@ -170,7 +171,7 @@ class _Trials:
         return sum(self._figure("loss", data) for data in sets) / len(sets)
 
     def _figure(self, metric: str, data: Any) -> float:
-        with preserved_random_states():
+        with preserved_random_states(), all_of_its_own_data(self._trainer):
             found = self._trainer.evaluate(data)
         if f"eval_{metric}" not in found:
             raise ValueError(
