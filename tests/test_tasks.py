@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Task, run_tasks
 from hf_ewc.tasks.evaluation import accuracy
-from hf_ewc.tasks.scenario import guess_scenario, labels_of
+from hf_ewc.tasks.scenario import guess_scenario, labels_in_rows_of, labels_of
 from tests.processes import FORKS
 
 SIZES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -445,6 +445,14 @@ def test_labels_of_rows_outside_the_classes_are_refused(rows, outside, tmp_path)
     task = Task("some", data, data, classes=(2, 3), metric="loss")
     with pytest.raises(ValueError, match=re.escape(f"has the labels {outside} in its training")):
         run_tasks(vit(), [task], arguments(tmp_path), CONFIG)
+
+
+def test_labels_of_several_lengths_say_no_classes():
+    rows = [[[1, 2], [3]], {"boxes": [1.0]}, [4, 5]]
+    for labels in ([rows[0], rows[2]], [rows[1]], [rows[2], rows[0]]):
+        data = [{"labels": label} for label in labels]
+        assert labels_of(data) == set()
+        assert labels_in_rows_of(data) == set()
 
 
 def test_the_accuracy_of_a_language_model_is_that_of_the_next_token():

@@ -54,7 +54,7 @@ def labels_in_rows_of(dataset: Any, limit: int = 256) -> set[int]:
     Rows of 0 and 1 alone do not say which of the two they are: those of real numbers are taken for
     a label for each class, those of integers for nothing.
     """
-    rows = [np.asarray(value) for value in labels_of_some(dataset, limit)]
+    rows = [_array(value) for value in labels_of_some(dataset, limit)]
     if not rows or not all(row.ndim == 1 and row.dtype.kind in "iuf" for row in rows):
         return set()
     values = np.concatenate(rows)
@@ -76,7 +76,15 @@ def commonest_share(dataset: Any, limit: int = 256) -> float | None:
 
 def _integers(values: Sequence[Any]) -> list[int]:
     """Those that are labels; none where some are no single integers."""
-    arrays = [np.asarray(value) for value in values]
+    arrays = [_array(value) for value in values]
     if not all(array.ndim == 0 and array.dtype.kind in "iu" for array in arrays):
         return []
     return [int(array) for array in arrays if array != -100]
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    """Of objects where rows in it are of several lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return np.asarray(value, dtype=object)
