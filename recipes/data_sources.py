@@ -38,8 +38,7 @@ class SourceArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     max_train_samples: int | None = field(
-        default=None,
-        metadata={"help": "At most so many training examples a task, of each label one at least."},
+        default=None, metadata={"help": "At most so many training examples a task."}
     )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "At most so many evaluation examples a task."}

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Print the tables, and write report.md, results.json and the pictures."""
-    found = [file for folder in given.folders for file in results_in(Path(folder))]
-    files = [*{file.resolve(): file for file in found}.values()]
+    named = [file for folder in given.folders for file in results_in(Path(folder))]
+    files = [*{file.resolve(): file for file in named}.values()]
     output = Path(given.output)
     if output.is_file():
         raise ValueError(f"-o {output} is a file; give a folder.")

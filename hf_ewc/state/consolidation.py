@@ -152,11 +152,12 @@ class Consolidation:
         return map(self._importance, self.names)
 
     def _problems(self, name: str) -> list[str]:
-        """What would not be finite in the new state, one phrase each."""
-        if self._value(name).is_complex():
+        """What would be complex, or not finite, in the new state, one phrase each."""
+        value = sharding.local_part(self._value(name))
+        if value.is_complex():
             return [f"{name}: the parameter is complex; a state holds real ones"]
         problems = []
-        if not math.isfinite(_largest(sharding.local_part(self._value(name)))):
+        if not math.isfinite(_largest(value)):
             problems.append(f"{name}: the anchor has values that are not finite")
         old, settings = self._old.get(name), self._settings
         bound = 0.0 if old is None else settings.gamma * _largest_of(old[0])

@@ -57,19 +57,24 @@ class Distillation:
             raise ValueError("distillation does not go with models in shards (FSDP2, ZeRO-3).")
         self._heads: dict[str | None, dict[str, Tensor]] = {}
         with space.one_head():
-            changing = [name for name, t in _all_tensors(inner).items() if _may_change(t)]
-            self._teacher = _copied(changing, inner)
+            changing = {name for name, t in _all_tensors(inner).items() if _may_change(t)}
             if space.heads is not None:
+                changing -= space.heads.names_in_place()
                 for task in self._views:
                     with space.of(task, masked=False):
                         self._heads[key_of(task)] = _copied(space.heads.names_in_place(), inner)
+            self._teacher = _copied(changing, inner)
 
     def __call__(self, model: nn.Module, inputs: Any, outputs: Any) -> Tensor:
         inner = unwrap(model)
         given = {name: value for name, value in inputs.items() if name != "labels"}
         terms = []
         for task in self._views:
-            with self._space.one_head(), self._space.of(task, False), self._space.frozen_head():
+            with (
+                self._space.one_head(),
+                self._space.of(task, masked=False),
+                self._space.frozen_head(),
+            ):
                 # The outputs at hand are those that the new task sees. This forward leaves running
                 # statistics alone, which have taken the batch in already.
                 statistics = {name: b.clone() for name, b in inner.named_buffers()}
@@ -81,11 +86,7 @@ class Distillation:
 
     def _taught(self, key: str | None, inner: nn.Module, given: Mapping[str, Any]) -> Tensor:
         own = _all_tensors(inner)
-        taught = self._teacher
-        if self._space.heads is not None:
-            head = self._space.heads.names_in_place()
-            rest = {name: t for name, t in taught.items() if name not in head}
-            taught = {**rest, **self._heads[key]}
+        taught = {**self._teacher, **self._heads.get(key, {})}
         values = {name: t.to(own[name].device) for name, t in taught.items() if name in own}
         fits = {name: t for name, t in values.items() if t.shape == own[name].shape}
         with torch.no_grad(), evaluating(inner):

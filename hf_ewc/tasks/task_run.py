@@ -89,7 +89,7 @@ class TaskRun:
         self._lambdas: dict[str, float] = {}
         self._is_resumed = False
         self._integrations = reporting(plan.args)
-        self._tracker = SequenceTracker(plan.args, integrations=())
+        self._tracker = SequenceTracker(plan.args)
 
     @contextmanager
     def started(self, resume: bool) -> Iterator[None]:

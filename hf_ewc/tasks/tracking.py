@@ -44,20 +44,15 @@ class SequenceTracker(TrainerCallback):
     Args:
         args: of the whole run, whose `report_to`, `output_dir` and `run_name` count.
         is_resumed: whether the run was begun by an earlier process.
-        integrations: what reports; those that `report_to` names if None.
-
-    Raises:
-        ValueError: one that `report_to` names is not installed, or not known.
+        integrations: what reports; see `reporting`.
     """
 
     def __init__(
         self,
         args: TrainingArguments,
         is_resumed: bool = False,
-        integrations: Sequence[TrainerCallback] | None = None,
+        integrations: Sequence[TrainerCallback] = (),
     ) -> None:
-        if integrations is None:
-            integrations = reporting(args)
         self.integrations = list(integrations)
         self.args = copy.copy(args)
         self._is_resumed = is_resumed

@@ -64,7 +64,7 @@ class Source:
     advice: str = ""
 
 
-# For a list whose elements have several labels: an example has them, and a batch.
+# Of lists whose elements have several labels, as an example of a text has and a batch of images.
 _ARE_BATCHES = (
     "Each element of the list was taken for a batch, whose rows are the examples; where it is one "
     "example, give a data_collator, too, such as transformers.default_data_collator. "
