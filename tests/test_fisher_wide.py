@@ -1,4 +1,4 @@
-"""Weights that are squared block by block: of several blocks, the last of which has few rows."""
+"""Weights that are squared block by block, and norms of long examples, summed one by one."""
 
 from __future__ import annotations
 
@@ -64,3 +64,47 @@ def test_blocks_of_rows_make_the_whole(shape):
     for rows in (slice(0, 3), slice(height // 2, height // 2 + 3), slice(height - 3, height)):
         expected = 1 + sum((g[:, rows].double().T @ x.double()) ** 2 for g, x in pairs)
         torch.testing.assert_close(total[rows].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+class Normalized(nn.Module):
+    """Classifies examples of 64 x 16 x 40 entries, normalized over one axis and over two."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.narrow = nn.LayerNorm(40, bias=bias)
+        self.wide = nn.LayerNorm((16, 40), bias=bias)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, 1.0)
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = self.wide(torch.tanh(self.narrow(x)) * x)
+        return {"logits": self.head(torch.tanh(hidden).sum((1, 2)) / 100)}
+
+
+@pytest.mark.parametrize("without", [None, "narrow.weight", "wide.bias"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_norms_of_long_examples(bias, without):
+    model = Normalized(bias)
+    x = 3 + torch.randn(5, 64, 16, 40, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    names = [name for name, _ in model.named_parameters() if name != without]
+    found = estimate_fisher(
+        model,
+        [{"x": x, "labels": labels}],
+        fisher_type="empirical",
+        parameters=names,
+        fallback="error",
+    ).diagonal
+    twin = Normalized(bias).double()
+    expected = dict.fromkeys(names, 0.0)
+    for one, label in zip(x.double(), labels, strict=True):
+        value = twin(one[None])["logits"][0].log_softmax(0)[label]
+        gradients = torch.autograd.grad(value, [twin.get_parameter(name) for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            expected[name] = expected[name] + gradient**2 / 5
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        rounding = 1e-6 * value.max().item()
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=rounding)

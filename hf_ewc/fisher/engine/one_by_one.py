@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_ewc.fisher.engine.backward import run_backward
 from hf_ewc.fisher.engine.checkpointing import checkpointing
+from hf_ewc.fisher.engine.lookups import RowsOnly, is_rows_only
 from hf_ewc.fisher.engine.protocol import Objectives
 from hf_ewc.fisher.examples.batch import ExampleBatch
 
@@ -47,7 +48,8 @@ class OneByOne:
         def contexts() -> tuple[object, object]:
             return contextlib.nullcontext(), contextlib.nullcontext()
 
-        with checkpointing(self._model, contexts), self._squaring():
+        wanted = () if self._observed else self._parameters.values()
+        with checkpointing(self._model, contexts), self._squaring(), RowsOnly(wanted):
             for n in range(len(batch)):
                 for objective, last in with_last(objectives(batch.only([n]))):
                     self._backward(objective, keep=not last)
@@ -78,7 +80,7 @@ class OneByOne:
     def _after_accumulation(self, name: str) -> Callable[[Tensor], None]:
         def square(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                self._square(name, dense(parameter.grad))
+                self._square(name, parameter.grad)
                 parameter.grad = None
 
         return square
@@ -86,7 +88,12 @@ class OneByOne:
     @torch.no_grad()
     def _square(self, name: str, gradient: Tensor) -> None:
         total = self._totals[name]
-        gradient = gradient.to(total.dtype)
+        if is_rows_only(gradient):
+            rows = gradient.coalesce()
+            squares = rows.values().to(total.dtype).square()
+            total.index_add_(0, rows.indices()[0], squares, alpha=self._sign)
+            return
+        gradient = dense(gradient).to(total.dtype)
         total.addcmul_(gradient, gradient, value=self._sign)
 
     def totals(self) -> dict[str, Tensor]:

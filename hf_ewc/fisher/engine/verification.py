@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_ewc.fisher.engine.one_by_one import OneByOne
+from hf_ewc.fisher.engine.lookups import is_rows_only
+from hf_ewc.fisher.engine.one_by_one import OneByOne, dense
 from hf_ewc.fisher.engine.protocol import Objectives, Outputs
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.memory import is_out_of_memory
@@ -112,7 +113,11 @@ class _Alone(OneByOne):
         self._sketch = sketch
 
     def _square(self, name: str, gradient: Tensor) -> None:
-        self._sketch.see(name, gradient)
+        if is_rows_only(gradient):
+            (rows,) = gradient._indices()
+            self._sketch.see(name, Product(rows, gradient._values(), len(gradient)))
+        else:
+            self._sketch.see(name, dense(gradient))
 
 
 def compare_with_alone(

@@ -19,6 +19,11 @@ from hf_ewc.fisher.uses.gradients import Dense
 from hf_ewc.fisher.uses.square_sum import Use
 from hf_ewc.fisher.uses.tracking import Tracker
 
+_backward = torch.ops.aten.native_layer_norm_backward
+# The fused kernel runs for each example, in one sweep, where an example has so many elements; a
+# call costs what four sweeps over fewer do.
+_LONG_EXAMPLE = 1 << 15
+
 
 class _LayerNorm(torch.autograd.Function):
     """The fused layer norm over the last axes, for x (B·k, …)."""
@@ -43,20 +48,45 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = outputs
-        x, mean, scale, weight, bias = ctx.saved_tensors
-        weight_use, bias_use = ctx.uses
-        rows = (ctx.tracker.num_examples, -1, *ctx.shape)
-        if weight_use is not None:
-            product = (x - mean).mul_(scale).mul_(gradient)
-            weight_use.deliver(Dense(product.reshape(rows).sum(1)))
-        if bias_use is not None:
-            bias_use.deliver(Dense(gradient.reshape(rows).sum(1)))
+        saved = ctx.saved_tensors  # once: a checkpoint has them unpacked one time
+        x, mean, scale, weight, bias = saved
+        if any(ctx.uses):
+            sums = _sums_of_examples(ctx.tracker, ctx.shape, gradient, *saved)
+            for use, of_examples in zip(ctx.uses, sums, strict=True):
+                if use is not None:
+                    use.deliver(Dense(of_examples))
         of_input = None
         if ctx.needs_input_grad[0]:
-            of_input, _, _ = torch.ops.aten.native_layer_norm_backward(
+            of_input, _, _ = _backward(
                 gradient, x, ctx.shape, mean, scale, weight, bias, [True, False, False]
             )
         return of_input, None, None, None, None, None, None, None
+
+
+def _sums_of_examples(
+    tracker: Tracker,
+    shape: list[int],
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Σ_t g_nt x̂_nt and Σ_t g_nt of each example n, (B, *shape)."""
+
+    def by_example(tensor: Tensor) -> Tensor:
+        return tensor.reshape(tracker.num_examples, -1, *tensor.shape[-len(shape) :])
+
+    gradient, x, mean, scale = map(by_example, (gradient, x, mean, scale))
+    if weight is None or x.device.type != "cpu" or x[0].numel() < _LONG_EXAMPLE:
+        return (x - mean).mul_(scale).mul_(gradient).sum(1), gradient.sum(1)
+    affine = weight, weight if bias is None else bias  # of the bias its shape alone matters
+    found = [
+        _backward(gradient[n], x[n], shape, mean[n], scale[n], *affine, [False, True, True])
+        for n in range(tracker.num_examples)
+    ]
+    return torch.stack([one[1] for one in found]), torch.stack([one[2] for one in found])
 
 
 @covers("layer_norm")

@@ -17,6 +17,8 @@ _CPU_BLOCK_ELEMENTS = 1 << 17
 _ACCELERATOR_BLOCK_ELEMENTS = 1 << 24
 # Its rows are a multiple of this: a product of fewer, or of an odd number of them, is slower.
 _ROWS = 64
+# Gradients of fewer entries are squared all at once, larger ones without a copy of all of them.
+_SMALL = 1 << 14
 # Up to this many positions the pairs of positions are cheaper than a product per example.
 _FEW_POSITIONS = 3
 Pair = tuple[Tensor, Tensor]  # output gradients (T, O) and inputs (T, I) of one example
@@ -24,8 +26,11 @@ Pair = tuple[Tensor, Tensor]  # output gradients (T, O) and inputs (T, I) of one
 
 def add_dense(total: Tensor, gradients: Tensor) -> None:
     """total += Σ_n G_n², with `gradients` (B, *total.shape) holding the G_n."""
-    gradients = gradients.to(total.dtype)
-    total.add_(torch.einsum("n...,n...->...", gradients, gradients))
+    if total.numel() < _SMALL:
+        total.add_(gradients.to(total.dtype).square().sum(0))
+        return
+    for gradient in gradients:
+        _add_square(total, gradient)
 
 
 def add_linear(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
@@ -70,14 +75,13 @@ def add_linear_pairs(
     height, width = total.shape
     step = _rows_of_block(total)
     scratch = total.new_empty(min(step, height), width, dtype=pairs[0][0].dtype)
-    for start in range(0, height, step):
-        block = total[start : start + step]
-        product = scratch[: block.shape[0]]
-        stop = start + block.shape[0]
-        for n, (gradient, value) in enumerate(pairs):
-            torch.mm(gradient[:, start:stop].T, value, out=product)
+    parts = [gradient.T.split(step) for gradient, _ in pairs]
+    for number, block in enumerate(total.split(step)):
+        product = scratch[: len(block)]
+        for n, (_, value) in enumerate(pairs):
+            torch.mm(parts[n][number], value, out=product)
             if rows is not None:
-                _add_rows(product, rows[n], start, stop)
+                _add_rows(product, rows[n], number * step)
             _add_square(block, product)
 
 
@@ -89,9 +93,11 @@ def _rows_of_block(total: Tensor) -> int:
     return max(1, round(len(total) / blocks / _ROWS)) * _ROWS
 
 
-def _add_rows(block: Tensor, rows: Pair, start: int, stop: int) -> None:
+def _add_rows(block: Tensor, rows: Pair, start: int) -> None:
+    """Add to a block of rows, of which `start` is the first, what lies within it."""
     indices, gradients = rows
-    bounds = torch.searchsorted(indices, torch.tensor([start, stop], device=indices.device))
+    ends = torch.tensor([start, start + len(block)], device=indices.device)
+    bounds = torch.searchsorted(indices, ends)
     low, high = bounds.tolist()
     if low < high:
         block.index_add_(0, indices[low:high] - start, gradients[low:high].to(block.dtype))
