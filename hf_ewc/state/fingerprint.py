@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_ewc.parameters.names import class_name, parameters_by_name, unwrap
-from hf_ewc.state import heads
+from hf_ewc.state import heads, tied
 from hf_ewc.state.sampling import hashes, is_away
 
 
@@ -22,7 +22,8 @@ def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
     """The fingerprint of `model` for a state that holds the parameters `names`.
 
     Returns:
-        "model": the class, for people to read; "head": see `heads.of_model`. For a model with PEFT
+        "model": the class, for people to read; "head": see `heads.of_model`; "tied": where there
+        are any, the further names of parameters (see `tied.of_model`). For a model with PEFT
         adapters also "adapters": the PEFT type by adapter name, with the factors that a LoRA is
         scaled by; "free": further parameters that are trained and not part of the base; "base":
         hashes of the base, None where its values are not all in this process (FSDP2, ZeRO-3).
@@ -31,6 +32,8 @@ def of_model(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
     head = heads.of_model(model, names)
     if head is not None:
         found["head"] = head
+    if further := tied.of_model(model, names):
+        found["tied"] = further
     present = adapters(model)
     if present:
         parameters = parameters_by_name(model)

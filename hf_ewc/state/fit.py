@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_ewc.parameters.adapters import placed_by_name
 from hf_ewc.parameters.names import class_name
-from hf_ewc.state import fingerprint, heads
+from hf_ewc.state import fingerprint, heads, tied
 from hf_ewc.state.compatibility import advice, misfits, refuse_misfits
 
 
@@ -43,15 +43,17 @@ def check_names(
     refuse_misfits(f"The state{of} does not fit {class_name(model)}{having}", problems, hint)
 
 
-def check_fingerprint(recorded: Any, names: Iterable[str], model: nn.Module) -> None:
-    """Raise unless `model` stands on the base, and has the head, that was recorded.
+def check_fingerprint(recorded: Any, names: Collection[str], model: nn.Module) -> None:
+    """Raise unless `model` stands on the base, and has the head and ties, that were recorded.
 
     Raises:
-        ValueError: the base under an adapter is another, or the head was for other labels.
+        ValueError: the base under an adapter is another, the head was for other labels, or a
+            parameter that was tied to one of the state is one of its own.
     """
     if isinstance(recorded, Mapping):
         problems = fingerprint.mismatches(recorded, model)
         problems += heads.mismatches(recorded.get("head"), model, names)
+        problems += tied.mismatches(recorded.get("tied"), model, names)
         refuse_misfits("The state belongs to another model", problems)
 
 
