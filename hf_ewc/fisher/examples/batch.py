@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hf_ewc.fisher.examples.layout import PLAIN, Inseparable, Layout, Rows
+from hf_ewc.fisher.examples.layout import PLAIN, Inseparable, Layout
 from hf_ewc.fisher.examples.packed import documents_of
+from hf_ewc.fisher.examples.shares import Rows
 from hf_ewc.fisher.labels import IGNORED, LABEL_NAMES
 
 Collator = Callable[[list[Any]], Any]

@@ -8,9 +8,7 @@ where they could mislead.
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ewc.fisher.examples.shares import (
+    SHARED,
+    Rows,
+    Share,
+    Shared,
+    is_left_out,
+    leaves,
+    share_of,
+    take_items,
+    tensors_in,
+)
 from hf_ewc.fisher.labels import LABEL_NAMES
 
 # The names that a label has in an example whose collator calls it "labels".
@@ -28,28 +37,6 @@ PLAIN = (str, bytes, int, float, bool, type(None))
 
 class Inseparable(Exception):
     """A batch cannot be taken apart; the text says what of it."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Entries along one axis, `counts[n]` of them of example n, one example after another.
-
-    With `optional`, the whole entry is left out where no example that is taken has any.
-    """
-
-    counts: tuple[int, ...]
-    optional: bool = False
-    axis: int = 0
-
-
-@dataclass(frozen=True)
-class Shared:
-    """The same for all examples."""
-
-
-# Of a value in a batch; nested as the value is.
-Share = Any
-SHARED = Shared()
 
 
 @dataclass(frozen=True)
@@ -123,25 +110,25 @@ class Layout:
 
     def take(self, inputs: Mapping[str, Any], examples: Sequence[int]) -> dict[str, Any]:
         """The inputs of these examples."""
-        return _take_items(inputs, self.shares, examples)
+        return take_items(inputs, self.shares, examples)
 
     def only(self, examples: Sequence[int]) -> Layout:
         """That of what `take` makes for these examples."""
         shares = {
-            name: _share_of(share, examples)
+            name: share_of(share, examples)
             for name, share in self.shares.items()
-            if not _is_left_out(share, examples)
+            if not is_left_out(share, examples)
         }
         return replace(self, shares=shares)
 
     def uneven(self, inputs: Mapping[str, Any]) -> str | None:
         """What has not the same number of rows for each example; None where all do."""
-        for path, value, share in _leaves(inputs, self.shares, ""):
+        for path, value, share in leaves(inputs, self.shares, ""):
             if not isinstance(share, Rows):
                 continue
             if len(set(share.counts)) > 1:
                 return f"{path} has {', '.join(map(str, share.counts))} rows for them"
-            if not isinstance(value, Tensor) and any(True for _ in _tensors_in(value)):
+            if not isinstance(value, Tensor) and any(True for _ in tensors_in(value)):
                 return f"{path} is a list of tensors, one for each"
         return None
 
@@ -350,86 +337,3 @@ def _has_another_meaning(inputs: Mapping[str, Any], size: int) -> bool:
             return True
         others += not of_labels and value.shape[0] == size
     return others > 1
-
-
-def _leaves(value: Any, share: Share, path: str) -> Iterator[tuple[str, Any, Share]]:
-    items: Iterable[tuple[Any, Any, Share]]
-    if isinstance(share, Mapping):
-        items = [(name, value[name], inner) for name, inner in share.items()]
-    elif isinstance(share, list):
-        items = [(i, value[i], inner) for i, inner in enumerate(share)]
-    else:
-        yield path, value, share
-        return
-    for name, item, inner in items:
-        yield from _leaves(item, inner, f"{path}.{name}" if path else str(name))
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
-
-
-def _take(value: Any, share: Share, examples: Sequence[int]) -> Any:
-    if isinstance(share, Rows):
-        return _take_rows(value, share, examples)
-    if isinstance(share, Mapping):
-        taken = _take_items(value, share, examples)
-        if type(value) is dict:
-            return taken
-        made = copy.copy(value)
-        for name in set(value) - taken.keys():
-            del made[name]
-        for name, item in taken.items():
-            made[name] = item
-        return made
-    if isinstance(share, list):
-        items = [_take(item, inner, examples) for item, inner in zip(value, share, strict=True)]
-        return _like(value, items)
-    return value
-
-
-def _take_items(
-    value: Mapping[str, Any], shares: Mapping[str, Share], examples: Sequence[int]
-) -> dict[str, Any]:
-    return {
-        name: _take(item, shares[name], examples)
-        for name, item in value.items()
-        if not _is_left_out(shares[name], examples)
-    }
-
-
-def _share_of(share: Share, examples: Sequence[int]) -> Share:
-    if isinstance(share, Rows):
-        return replace(share, counts=tuple(share.counts[n] for n in examples))
-    if isinstance(share, Mapping):
-        return {
-            name: _share_of(inner, examples)
-            for name, inner in share.items()
-            if not _is_left_out(inner, examples)
-        }
-    return [_share_of(inner, examples) for inner in share] if isinstance(share, list) else share
-
-
-def _is_left_out(share: Share, examples: Sequence[int]) -> bool:
-    return isinstance(share, Rows) and share.optional and not any(share.counts[n] for n in examples)
-
-
-def _take_rows(value: Any, share: Rows, examples: Sequence[int]) -> Any:
-    starts = [0, *itertools.accumulate(share.counts)]
-    rows = [row for n in examples for row in range(starts[n], starts[n + 1])]
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value[(slice(None),) * share.axis + (rows,)]
-    return _like(value, [value[row] for row in rows])
-
-
-def _like(value: Any, items: list[Any]) -> Any:
-    if isinstance(value, tuple):
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return items
