@@ -133,6 +133,46 @@ def test_a_head_that_was_trained_on_is_not_another(tmp_path):
     trainer_with(model, state, tmp_path).train()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_head_that_training_has_taken_far_away_is_the_same(tmp_path, frozen):
+    """By a run of this process with the state, or by a likeness that chance would not make."""
+    model = bert()
+    state = state_of(model)
+    trainer = trainer_with(model, state, tmp_path)
+    model.bert.requires_grad_(not frozen)
+    trainer.train()
+    torch.manual_seed(7)
+    noise = torch.randn_like(model.classifier.weight)
+    with torch.no_grad():
+        model.classifier.weight.copy_(5 * noise)  # with no likeness, as of very small heads
+    trainer.train()
+
+    wide = named(bert(), MOODS)
+    wide.classifier = nn.Linear(16, 3)
+    with torch.no_grad():
+        wide.classifier.weight.fill_(0.1)
+    state = state_of(wide)
+    moved = named(bert(), MOODS)
+    moved.load_state_dict(wide.state_dict())
+    moved.bert.requires_grad_(not frozen)
+    with torch.no_grad():
+        moved.classifier.weight.add_(0.15 * noise)
+    trainer_with(moved, state, tmp_path).train()
+
+
+def test_with_head_says_that_it_is_the_one_that_was_consolidated(tmp_path):
+    model = bert()
+    state = state_of(model)
+    fresh_linear(model)
+    with pytest.raises(ValueError, match=r"state\.with_head\(model\)"):
+        trainer_with(model, state, tmp_path).train()
+    state.with_head(model).save_pretrained(tmp_path / "state")
+    accepted = EWCState.from_pretrained(tmp_path / "state")
+    trainer_with(model, accepted, tmp_path).train()
+    with pytest.raises(ValueError, match="labels"):
+        state_of(named(bert(), MOODS)).with_head(named(bert(), COLOURS))
+
+
 def test_the_head_that_was_consolidated_far_from_a_mean_anchor_is_right(tmp_path):
     """Separate tasks have a mean for their anchor, from which the newest head may be far."""
     model = bert()

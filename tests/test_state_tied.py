@@ -70,6 +70,17 @@ def test_training_and_consolidation_refuse_it_too(tmp_path):
         state.consolidate(Fisher(found), model)
 
 
+def test_a_penalty_of_ones_own_loop_is_refused_too():
+    state, model = state_of(gpt2(True)), gpt2(True)
+    assert state.penalty(model).item() == state.penalty(model).item() == 0.0
+    with pytest.raises(ValueError, match=r"lm_head\.weight: .*leave free"):
+        state.penalty(gpt2(False))
+    other = state_of(gpt2(True))
+    model.lm_head.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"lm_head\.weight: .*leave free"):
+        other.penalty(model)
+
+
 def test_models_that_were_never_tied_and_states_without_a_record_are_as_before():
     state = state_of(gpt2(False))
     assert "tied" not in state.metadata["fingerprint"]

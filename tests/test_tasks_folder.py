@@ -265,6 +265,68 @@ def test_somebodys_file_of_a_runs_name_is_not_removed(name, text, tmp_path):
     assert (tmp_path / name).read_text() == text
 
 
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", ["report.md", "curves.png", "importance.png"])
+def test_somebodys_report_is_not_written_over(name, resume, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"has {name} and no results.json"):
+        run(tmp_path, resume=resume)
+    with pytest.raises(ValueError, match=f"has {name} and no results.json"):
+        compare_methods(vit, two_tasks()[:1], arguments(tmp_path, max_steps=1), {"plain": {}}, [0])
+    assert mine(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": "1e-3"}, "sets learning_rate to '1e-3'; needed is a number"),
+        ({"max_steps": 2.5}, "sets max_steps to 2.5; needed is an integer"),
+        ({"max_steps": True}, "sets max_steps to True; needed is an integer"),
+        ({"per_device_train_batch_size": 0}, "size to 0; needed is at least 1"),
+        ({"gradient_accumulation_steps": 0}, "steps to 0; needed is at least 1"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "epochs to 0, by which it would be trained for"),
+        ({"optim": "adamw_8bit"}, "an optimizer or a schedule that there is not: .*bitsandbytes"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "that there is not: .*min_lr"),
+    ],
+)
+def test_settings_of_a_later_task_or_method_are_looked_at_first(changes, message, tmp_path):
+    first, second = two_tasks()
+    with pytest.raises(ValueError, match=f"task '2 or 3' .*{message}"):
+        run_tasks(
+            vit(), [first, replace(second, training_args=changes)], arguments(tmp_path), CONFIG
+        )
+    with pytest.raises(ValueError, match=f"method 'other' .*{message}"):
+        compare_methods(
+            vit, [first], arguments(tmp_path), {"plain": {}, "other": changes}, seeds=[0]
+        )
+    assert not [*tmp_path.glob("*/*")]
+
+
+def test_settings_that_are_allowed_in_a_task_stay_so(tmp_path):
+    first, second = two_tasks()
+    allowed = {"num_train_epochs": 0, "warmup_steps": 0.5, "lr_scheduler_type": "cosine"}
+    second = replace(second, training_args={**allowed, "optim": "adafactor", "eval_steps": None})
+    done = run_tasks(vit(), [first, second], arguments(tmp_path, max_steps=1), CONFIG)
+    assert done.matrix.num_learnt == 2
+
+
+def test_a_model_is_no_way_to_make_models(tmp_path):
+    for wrong in (vit(), "bert-base-uncased"):
+        with pytest.raises(TypeError, match=r"make_model is a .*; needed is a function"):
+            compare_methods(wrong, two_tasks(), arguments(tmp_path), {"plain": {}})
+    with pytest.raises(TypeError, match="seeds is 3; give a list"):
+        compare_methods(vit, two_tasks(), arguments(tmp_path), {"plain": {}}, seeds=3)
+
+
+def test_classes_are_numbers_of_labels_in_a_list_or_an_array():
+    data = examples(range(4))
+    for classes in (np.array([0, 1]), torch.tensor([0, 1]), range(2), (0, 1)):
+        assert list(Task("a", data, data, classes=classes).classes) == [0, 1]
+    for wrong in ([False, True], np.array([True]), ["0", "1"], 2, [0.5]):
+        with pytest.raises(TypeError, match=r"the classes of task 'a' are .*; needed is a list"):
+            Task("a", data, data, classes=wrong)
+
+
 def test_a_comparison_is_not_removed_for_a_run(tmp_path):
     compare_methods(vit, two_tasks()[:1], arguments(tmp_path, max_steps=1), {"plain": {}}, [0])
     before = (tmp_path / "results.json").read_bytes()

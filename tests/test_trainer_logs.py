@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.state.ewc_state import EWCState
@@ -69,6 +70,40 @@ def test_the_offset_is_part_of_the_penalty(tmp_path: Path) -> None:
     penalty = expected_penalty(trainer) + LAMBDA * 0.5 * len(importance)
     assert trainer.ewc_penalty() == pytest.approx(penalty, rel=1e-5)
     assert history(trainer, "ewc_penalty")[0]["ewc_penalty"] == pytest.approx(penalty, rel=1e-5)
+
+
+class ConsolidatesAfterTwoSteps(TrainerCallback):
+    """Notes the penalty before and after."""
+
+    trainer: EWCTrainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            before = self.trainer.ewc_penalty()
+            self.trainer.consolidate(name="between")
+            self.penalties = before, self.trainer.ewc_penalty()
+
+
+def test_a_state_that_changes_between_two_logs_loses_none_of_the_penalty(tmp_path: Path) -> None:
+    callback = ConsolidatesAfterTwoSteps()
+    args = arguments(tmp_path, learning_rate=0.0, logging_steps=3, max_steps=3)
+    config = EWCConfig(LAMBDA, ewc_log_groups=True, ewc_mode="separate")
+    trainer = ewc_trainer("bert", args, 12, ewc_config=config)
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    output = trainer.train()
+    before, after = callback.penalties
+    assert before > 0
+    (logs,) = history(trainer, "ewc_penalty")
+    expected = (2 * before + after) / 3
+    assert logs["ewc_penalty"] == pytest.approx(expected, rel=1e-5)
+    assert logs["loss"] == pytest.approx(logs["task_loss"] + expected, rel=1e-6)
+    (whole,) = history(trainer, "train_loss")
+    assert output.training_loss == whole["train_loss"]
+    assert output.training_loss == pytest.approx(logs["loss"], rel=1e-5)
+    groups = [v for name, v in logs.items() if name.startswith("ewc_penalty/")]
+    offset = trainer.ewc_config.strength * trainer.ewc_state.offset
+    assert sum(groups) + offset / 3 == pytest.approx(expected, rel=1e-4)
 
 
 def test_evaluation_knows_nothing_of_the_penalty(tmp_path: Path) -> None:

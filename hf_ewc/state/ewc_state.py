@@ -192,10 +192,12 @@ class EWCState:
         process has to call it, and each gets the whole sum.
 
         Raises:
-            ValueError: the model lacks a parameter of the state or has it in another shape.
+            ValueError: the state does not fit the model (see `check`, of which the part on the
+                base model and the head is done at the first call).
         """
         parameters = weights_named(self.importance, model)
         self._check_names(model, values_needed=True)
+        fit.check_once(self, self._check_fingerprint, model)
         thetas = ((name, differentiable(parameters[name])) for name in self.importance)
         terms = [half_square(*self.packed(name), theta) for name, theta in thetas]
         return sum_of(terms, next(model.parameters(), torch.zeros(())).device) + self.offset
@@ -273,6 +275,20 @@ class EWCState:
         """
         importance, anchor = growing.with_new_rows(self.importance, self.anchor, model, names)
         return replace(self, importance=importance, anchor=anchor)
+
+    def with_head(self, model: nn.Module) -> EWCState:
+        """The state for a model whose head was trained on since, far from its anchor.
+
+        A head that has nothing to do with the anchor is refused as another one when training
+        begins. This says that the head of `model` is the one that was consolidated.
+
+        Raises:
+            ValueError: the state does not fit the model, or its head is for other labels.
+        """
+        self.check(model)
+        known = self.metadata.get("fingerprint") or {}
+        head = fingerprint.of_model(model, self.importance.keys()).get("head")
+        return replace(self, metadata={**self.metadata, "fingerprint": {**known, "head": head}})
 
     def rename_adapter(self, old: str, new: str) -> EWCState:
         """The state of a PEFT adapter that is called `new` now, where it was called `old`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from hf_ewc.parameters.adapters import placed_by_name
 from hf_ewc.parameters.names import class_name
 from hf_ewc.state import fingerprint, heads, tied
 from hf_ewc.state.compatibility import advice, misfits, refuse_misfits
+
+_last_checked: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def check_names(
@@ -55,6 +60,14 @@ def check_fingerprint(recorded: Any, names: Collection[str], model: nn.Module) -
         problems += heads.mismatches(recorded.get("head"), model, names)
         problems += tied.mismatches(recorded.get("tied"), model, names)
         refuse_misfits("The state belongs to another model", problems)
+
+
+def check_once(state: object, check: Callable[[nn.Module], None], model: nn.Module) -> None:
+    """check(model), where it is not the one that `state` was held to last."""
+    last = _last_checked.get(model)
+    if last is None or last() is not state:
+        check(model)
+        _last_checked[model] = weakref.ref(state)
 
 
 def _about(missing: str, others: list[str]) -> str:

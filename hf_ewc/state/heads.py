@@ -19,6 +19,8 @@ UNRELATED = 0.9
 Two that have nothing to do with each other are √(1 + ‖θ‖²/‖θ*‖²) apart, up to chance.
 """
 
+_MORE_THAN_CHANCE = 3.0  # standard deviations
+
 
 def of_model(model: nn.Module, names: Iterable[str]) -> dict[str, Any] | None:
     """The head of `model`, as far as it is among the parameters `names`; None where it has none.
@@ -75,6 +77,18 @@ def replaced(recorded: Any, model: nn.Module, distances: Mapping[str, float]) ->
         return []
     now = hashes(_parameters(model, own))
     return [] if now is None or set(now) & set(recorded["hashes"]) else far
+
+
+def is_like(theta: Tensor, anchor: Tensor) -> bool:
+    """Whether the cosine between a head and its anchor is more than chance makes it, 1/√n.
+
+    Of heads that have nothing to do with each other, one in a thousand is.
+    """
+    now, then = theta.detach().flatten().double().cpu(), anchor.flatten().double().cpu()
+    now = now[then != 0]
+    then = then[then != 0]
+    scale = float(now.norm() * then.norm())
+    return scale > 0 and float(now @ then) / scale > _MORE_THAN_CHANCE / len(then) ** 0.5
 
 
 def _parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from hf_ewc.tasks.task import Task
 
+_AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    "gradient_accumulation_steps",
+)
 # What belongs to the run as a whole.
 _OF_THE_RUN = (
     *("output_dir", "seed", "data_seed", "use_cpu", "fsdp", "fsdp_config", "deepspeed"),
@@ -41,12 +48,49 @@ def checked(given: Any, args: TrainingArguments, owner: str) -> dict[str, Any]:
             raise ValueError(f"{owner} sets {name!r}, which is one for the whole run.")
     if not given:
         return {}
+    _check_numbers(given, args, owner)
     fixed = {"output_dir": args.output_dir, "report_to": "none", "use_cpu": args.use_cpu}
     try:
         normal = type(args)(**(fixed | dict(given)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{owner} has training arguments that are not allowed: {error}") from error
+    _check_optimizer(normal, given, owner)
     return {name: getattr(normal, name) for name in given}
+
+
+def _check_numbers(given: Mapping[str, Any], args: TrainingArguments, owner: str) -> None:
+    """Refuse what is no number where one is needed, or no example or step: a `ValueError`."""
+    types = get_type_hints(type(args))
+    for name, value in given.items():
+        kinds = set(get_args(types[name]) or (types[name],))
+        if not kinds <= {int, float, type(None)} or (value is None and type(None) in kinds):
+            continue
+        number, wanted = (Real, "a number") if float in kinds else (Integral, "an integer")
+        if isinstance(value, bool) or not isinstance(value, number):
+            raise ValueError(f"{owner} sets {name} to {value!r}; needed is {wanted}.")
+        if name in _AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{owner} sets {name} to {value!r}; needed is at least 1.")
+    if given.get("num_train_epochs", 1) <= 0 and given.get("max_steps", args.max_steps) <= 0:
+        raise ValueError(
+            f"{owner} sets num_train_epochs to {given['num_train_epochs']!r}, by which it would be "
+            "trained for no step; needed is more than 0."
+        )
+
+
+def _check_optimizer(args: TrainingArguments, given: Mapping[str, Any], owner: str) -> None:
+    """Refuse an optimizer that is not installed, or a schedule that lacks its settings."""
+    try:
+        if "optim" in given:
+            model: Any = nn.Linear(1, 1)
+            Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if given.keys() & {"lr_scheduler_type", "lr_scheduler_kwargs"}:
+            optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+            settings: Any = args.lr_scheduler_kwargs
+            get_scheduler(args.lr_scheduler_type, optimizer, 1, 9, settings)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner} has an optimizer or a schedule that there is not: {error}"
+        ) from error
 
 
 def with_settings(args: TrainingArguments, settings: Mapping[str, Any]) -> TrainingArguments:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -22,7 +23,7 @@ from hf_ewc.tasks.checks import LONGEST_NAME
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process
 from hf_ewc.tasks.results import TaskResults
-from hf_ewc.tasks.run_folder import safe_name
+from hf_ewc.tasks.run_folder import refuse_somebodys_report, safe_name
 from hf_ewc.tasks.runner import planned, run_tasks
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Task
@@ -102,7 +103,7 @@ def compare_methods(
         ValueError, TypeError: no methods or seeds, a setting that there is not, or what `run_tasks`
             refuses, before anything is trained.
     """
-    _check(methods, seeds)
+    _check(make_model, methods, seeds)
     seeds = [int(seed) for seed in seeds]
     if args.push_to_hub:
         raise ValueError(
@@ -157,7 +158,8 @@ class _Models:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse the folder of a single run, whose results would be gone."""
+    """Refuse the folder of a single run, or of somebody's report, which would be gone."""
+    refuse_somebodys_report(folder)
     results = folder / "results.json"
     if results.is_file() and "settings" in read_outcomes(results)[1]:
         raise ValueError(
@@ -224,7 +226,13 @@ def _as_dict(name: str, settings: Settings) -> dict[str, Any]:
     return dict(settings)
 
 
-def _check(methods: Mapping[str, Settings], seeds: Sequence[int]) -> None:
+def _check(make_model: Any, methods: Mapping[str, Settings], seeds: Any) -> None:
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise TypeError(
+            f"make_model is a {type(make_model).__name__}; needed is a function without arguments "
+            "that makes a new model for each run, such as "
+            "lambda: AutoModelForSequenceClassification.from_pretrained(name)."
+        )
     if not isinstance(methods, Mapping) or not methods:
         raise ValueError("compare_methods got no methods; give a dict from names to settings.")
     for name in methods:
@@ -233,6 +241,8 @@ def _check(methods: Mapping[str, Settings], seeds: Sequence[int]) -> None:
                 f"a method's name is {name!r:.60}; needed is a text of at most {LONGEST_NAME} "
                 "characters, after which its folder is named."
             )
+    if isinstance(seeds, str) or not isinstance(seeds, (Sequence, np.ndarray)):
+        raise TypeError(f"seeds is {seeds!r:.60}; give a list of them, such as (0, 1, 2).")
     if len(seeds) == 0 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, each once.")
     for seed in seeds:

@@ -15,12 +15,13 @@ from hf_ewc.tasks.task import Task
 
 logger = logging.getLogger("hf_ewc")
 
-# Written by the run itself, beside the folders of its tasks.
-OWN_FILES = (
-    *("results.json", "report.md", "costs.json", "replay.json", "accuracy_matrix.png"),
-    *("curves.png", "stability_plasticity.png", "importance.png", "tracking.json"),
-    "lambda_search.png",
+# Made of the results, after them.
+_REPORT = (
+    *("report.md", "accuracy_matrix.png", "curves.png", "stability_plasticity.png"),
+    *("importance.png", "lambda_search.png"),
 )
+# Written by the run itself, beside the folders of its tasks.
+OWN_FILES = ("results.json", "costs.json", "replay.json", "tracking.json", *_REPORT)
 # The state, by the names that it has.
 _STATE = ("ewc_state.json", f"ewc_state-{'[0-9a-f]' * 16}.safetensors")
 # What trainers, models, states and tokenizers write. Anything else is somebody's, and stays.
@@ -106,6 +107,7 @@ class RunFolder:
                 "results.json that says how far it came. Put that back, choose another output_dir, "
                 "or begin anew with resume=False, which removes them."
             )
+        refuse_somebodys_report(self.path)
 
     def clear(self) -> None:
         """Remove what an earlier run wrote for these tasks, and say so; all else stays.
@@ -118,6 +120,7 @@ class RunFolder:
         """
         for path in (self.results, self.path / "replay.json"):
             _refuse_somebodys(path)
+        refuse_somebodys_report(self.path)
         found = list(self._written())
         if found:
             logger.warning(
@@ -165,6 +168,16 @@ class RunFolder:
     def _written(self) -> Iterator[Path]:
         for folder in self._folders():
             yield from _written_in(folder)
+
+
+def refuse_somebodys_report(folder: Path) -> None:
+    """Refuse files in the place of a report's in a folder without results: a `ValueError`."""
+    found = [name for name in _REPORT if (folder / name).exists()]
+    if found and not (folder / "results.json").exists():
+        raise ValueError(
+            f"{folder} has {', '.join(found)} and no results.json, so that no run wrote them, and "
+            "the report would take their place; move them, or choose another output_dir."
+        )
 
 
 def _refuse_somebodys(path: Path) -> None:

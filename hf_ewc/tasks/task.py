@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 from transformers import EvalPrediction
 
 Metrics = Callable[[EvalPrediction], dict[str, float]]
@@ -51,6 +53,23 @@ class Task:
     training_args: Mapping[str, Any] | None = None
     weight: float = 1.0
     fisher_dataset: Any = None
+
+    def __post_init__(self) -> None:
+        classes: Any = self.classes
+        if classes is None:
+            return
+        if hasattr(classes, "tolist"):  # an array or a tensor
+            classes = classes.tolist()
+            object.__setattr__(self, "classes", classes)
+        if not isinstance(classes, Sequence) or not all(map(_is_label, classes)):
+            raise TypeError(
+                f"the classes of task {self.name!r} are {classes!r:.60}; needed is a list of the "
+                "numbers of its labels, such as [0, 1]."
+            )
+
+
+def _is_label(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_))
 
 
 def score_of(task: Task, metrics: Mapping[str, float | None]) -> float | None:

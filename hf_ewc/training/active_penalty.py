@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_ewc.config import EWCConfig
+from hf_ewc.fisher.uses.table import TensorTable
 from hf_ewc.parameters.adapters import space_of
 from hf_ewc.parameters.selection import select_parameters
 from hf_ewc.state import heads
@@ -17,6 +18,9 @@ from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training import deepspeed
 from hf_ewc.training.penalty import Penalty
 from hf_ewc.training.penalty_log import PenaltyLog, warn_about
+
+# Parameters that a run of this process has begun with, as those that were consolidated.
+_begun_with = TensorTable()
 
 
 class ActivePenalty:
@@ -26,6 +30,7 @@ class ActivePenalty:
         state: importances and anchors; not the empty one.
         model: wrapped or not; its parameters are looked up here, and kept.
         config: where and how strongly to protect; later changes come by `follow`.
+        former: the log of the same run under an earlier state.
 
     Attributes:
         penalty: the value and its gradient.
@@ -36,14 +41,20 @@ class ActivePenalty:
             nothing.
     """
 
-    def __init__(self, state: EWCState, model: nn.Module, config: EWCConfig) -> None:
+    def __init__(
+        self,
+        state: EWCState,
+        model: nn.Module,
+        config: EWCConfig,
+        former: PenaltyLog | None = None,
+    ) -> None:
         self._state = state
         self._model = model
         self._settings = replace(config)  # a copy, which no change of `config` reaches
         self._told = _Told(state)
         self.penalty = Penalty(state, model, self._strengths(), config.ewc_offload)
         names = [term.name for term in self.penalty.terms]
-        self.log = PenaltyLog(names, config.ewc_log_groups)
+        self.log = PenaltyLog(names, config.ewc_log_groups, former)
 
     def follow(self, config: EWCConfig) -> None:
         """Take up what has changed in the settings, as by a callback that anneals λ.
@@ -63,6 +74,9 @@ class ActivePenalty:
         """
         if global_step == 0:
             self._refuse_another_head()
+        for term in self.penalty.terms:
+            for parameter in term.trained:
+                _begun_with.put(parameter)
         online = self._settings.ewc_mode == "online"
         warn_about(self.penalty, at_anchor=online and global_step == 0)
 
@@ -72,13 +86,22 @@ class ActivePenalty:
             return
         distances = {t.name: d for t, d in self.penalty.relative_distances() if t.is_matrix}
         names = heads.replaced(fingerprint["head"], self._model, distances)
+        names = [name for name in names if not self._was_trained_on(name)]
         if names:
             raise ValueError(
                 f"The head of the model ({', '.join(names)}) is not the one that was consolidated: "
                 f"it is {max(distances[name] for name in names):.2g} times its norm away from the "
-                "EWC anchor, and nothing else is. Load that head, or give it up: "
-                f"state.without(['{heads.module_of(fingerprint['head'])}'])."
+                "EWC anchor, with no likeness to it, and nothing else that is trained is. Load "
+                "that head, or give it up: "
+                f"state.without(['{heads.module_of(fingerprint['head'])}']). If it is that head, "
+                "trained on since: state.with_head(model)."
             )
+
+    def _was_trained_on(self, name: str) -> bool:
+        """Whether a head that is far from its anchor came there by training."""
+        (term,) = (term for term in self.penalty.terms if term.name == name)
+        known = any(_begun_with.get(parameter) for parameter in term.trained)
+        return known or heads.is_like(term.parameter, self._state.anchor[name])
 
     def add_gradients(self, loss_scale: float = 1.0, members: Container[int] | None = None) -> None:
         """Add `loss_scale` · λ F (θ − θ*) to the gradients, and the value to the log.

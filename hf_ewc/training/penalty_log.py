@@ -17,6 +17,8 @@ LONG_WINDOWS, LONG_STEPS = 3, 50
 FAR_FROM_ANCHOR = 1.0
 # ‖θ − θ*‖ / ‖θ*‖ of any parameter up to which training starts at the anchor.
 AT_ANCHOR = 0.01
+# Names of sums that no group of layers has.
+_VARYING, _CONSTANT = "(varying)", "(constant)"
 
 
 class PenaltyLog:
@@ -29,16 +31,21 @@ class PenaltyLog:
     Args:
         names: the parameters whose values `add` gets.
         by_group: also log the penalty of each group of layers, `ewc_penalty/<group>`.
+        former: the log of the same run so far, where the state has changed within it.
     """
 
-    def __init__(self, names: Sequence[str], by_group: bool = False) -> None:
+    def __init__(
+        self, names: Sequence[str], by_group: bool = False, former: PenaltyLog | None = None
+    ) -> None:
         self._groups = [layer_group(name) for name in names] if by_group else []
         self._window: Tensor | None = None
         self._constants = 0.0
-        self._steps = 0
-        self._total = 0.0
-        self._total_steps = 0
-        self._outweighing = _Outweighing()
+        self._steps: int = 0
+        self._earlier: dict[str, float] = {} if former is None else former._so_far()
+        self._earlier_steps: int = 0 if former is None else former._steps + former._earlier_steps
+        self._total: float = 0.0 if former is None else former._total
+        self._total_steps: int = 0 if former is None else former._total_steps
+        self._outweighing: _Outweighing = _Outweighing() if former is None else former._outweighing
 
     def add(self, values: Tensor, constant: float = 0.0) -> None:
         """Take in the λ-weighted value of each parameter at one optimizer step; no host sync.
@@ -56,31 +63,40 @@ class PenaltyLog:
 
         Logs without `loss` or `train_loss` (evaluation) stay as they are.
         """
-        if "loss" in logs and self._steps:
+        if "loss" in logs and self._steps + self._earlier_steps:
             self._amend_window(logs)
         if "train_loss" in logs:
             self._drain()
             logs["train_loss"] += self._total / max(self._total_steps, 1)
 
     def _amend_window(self, logs: dict[str, float]) -> None:
-        steps, constant = self._steps, self._constants / self._steps
-        values = [value / steps for value in self._drain()]
-        varying = sum(values)
+        steps = self._steps + self._earlier_steps
+        means = {name: value / steps for name, value in self._drain().items()}
+        varying = means.pop(_VARYING)
         logs["task_loss"] = logs["loss"]
-        logs["ewc_penalty"] = varying + constant
+        logs["ewc_penalty"] = varying + means.pop(_CONSTANT)
         logs["loss"] = logs["task_loss"] + logs["ewc_penalty"]
-        for group, value in zip(self._groups, values, strict=False):
-            key = f"ewc_penalty/{group}"
-            logs[key] = logs.get(key, 0.0) + value
+        logs.update({f"ewc_penalty/{group}": value for group, value in means.items()})
         self._outweighing.watch(varying, logs["task_loss"], steps)
 
-    def _drain(self) -> list[float]:
-        """The sums of the window by parameter; adds the window to the run's total."""
+    def _so_far(self) -> dict[str, float]:
+        """The sums since the last log: what varies, what does not, and by group of layers."""
         values: list[float] = [] if self._window is None else self._window.tolist()
-        self._total += sum(values) + self._constants
-        self._total_steps += self._steps
+        found = {_VARYING: 0.0, _CONSTANT: 0.0, **self._earlier}
+        found[_VARYING] += sum(values)
+        found[_CONSTANT] += self._constants
+        for group, value in zip(self._groups, values, strict=False):
+            found[group] = found.get(group, 0.0) + value
+        return found
+
+    def _drain(self) -> dict[str, float]:
+        """What `_so_far` has; adds it to the run's total and begins the next window."""
+        found = self._so_far()
+        self._total += found[_VARYING] + found[_CONSTANT]
+        self._total_steps += self._steps + self._earlier_steps
         self._window, self._constants, self._steps = None, 0.0, 0
-        return values
+        self._earlier, self._earlier_steps = {}, 0
+        return found
 
 
 class _Outweighing:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_ewc.parameters.adapters import has_adapters, space_of
+from hf_ewc.parameters.names import unwrap
 from hf_ewc.state.ewc_state import EWCState
 
 
@@ -100,4 +101,19 @@ def check_space(state: EWCState, model: nn.Module, space: str) -> None:
         raise ValueError(
             f"ewc_space is {space!r}; the state holds {what[there]}, under names like "
             f"{next(iter(state.importance))!r}. Set ewc_space={there!r}, or begin a new state."
+        )
+
+
+def refuse_another_model(trainer: Trainer) -> None:
+    """Refuse to train a model that is not the one that would be protected: a `ValueError`."""
+    model, init, wrapped = (
+        getattr(trainer, name, None) for name in ("model", "model_init", "model_wrapped")
+    )
+    if init is not None or wrapped is None or model is None:
+        return
+    if unwrap(wrapped) is not unwrap(model):
+        raise ValueError(
+            "trainer.model was replaced, and a Trainer goes on training the model that it was made "
+            "with (trainer.model_wrapped). Make a trainer with the new model, or set model_wrapped "
+            "to it as well."
         )

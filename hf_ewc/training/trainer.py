@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +24,13 @@ from hf_ewc.training.active_penalty import ActivePenalty
 from hf_ewc.training.estimation import fisher_of
 from hf_ewc.training.final_weights import use_final_weights
 from hf_ewc.training.held_out import hold_out
+from hf_ewc.training.hyperparameters import without_ewc_settings
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
 from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
 from hf_ewc.training.own_step import OwnStep
+from hf_ewc.training.penalty_log import PenaltyLog
 from hf_ewc.training.preferences import Likelihood
-from hf_ewc.training.refusals import check_space, check_supported
+from hf_ewc.training.refusals import check_space, check_supported, refuse_another_model
 from hf_ewc.training.runs import RunBegins, none_beyond_the_last_step
 from hf_ewc.training.state_holder import StateHolder
 
@@ -70,6 +73,7 @@ class EWCMixin(StateHolder):
             _ = ewc_config.strength  # a number; no trainer knows of further trainings to find it by
         self.ewc_config = ewc_config if ewc_config is not None else EWCConfig()
         self._ewc_penalty: ActivePenalty | None = None
+        self._ewc_log: PenaltyLog | None = None  # of this run, also where its state changes
         self._ewc_entry: OncePerStep | None = None
         self._ewc_has_begun = False  # whether this train() has taken its first step
         self._ewc_loss_is_scaled = False
@@ -300,7 +304,7 @@ class EWCMixin(StateHolder):
     def _ewc_expect_run(self) -> None:
         """Training begins: what was found out in an earlier run may not hold for this one."""
         self._ewc_drop_penalty()
-        self._ewc_loss_is_scaled = False
+        self._ewc_log, self._ewc_loss_is_scaled = None, False
 
     def _ewc_begin(self, model: nn.Module) -> None:
         """At the first step of a run: look up what is protected.
@@ -312,7 +316,8 @@ class EWCMixin(StateHolder):
         self._ewc_weights_in_use.forget()
         if not self._ewc_state:
             return
-        self._ewc_penalty = active = ActivePenalty(self._ewc_state, model, self.ewc_config)
+        active = ActivePenalty(self._ewc_state, model, self.ewc_config, self._ewc_log)
+        self._ewc_penalty, self._ewc_log = active, active.log
         active.begin(self.state.global_step)
         if not self.is_deepspeed_enabled:
             self._ewc_entry = OncePerStep(active, model, lambda: self.ewc_config)
@@ -361,8 +366,8 @@ class EWCMixin(StateHolder):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log `loss` = `task_loss` + `ewc_penalty`, means since the last log."""
-        if self._ewc_penalty is not None:
-            self._ewc_penalty.log.amend(logs)
+        if self._ewc_log is not None:
+            self._ewc_log.amend(logs)
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -381,12 +386,21 @@ class EWCMixin(StateHolder):
 
         `resume_from_checkpoint=True` takes the newest checkpoint that was saved to its end.
         """
+        refuse_another_model(self)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._ewc_resume(resume_from_checkpoint)
         with self._ewc_watching(), none_beyond_the_last_step(self):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         loss = output.metrics.get("train_loss", output.training_loss)
-        return output._replace(training_loss=loss) if self._ewc_penalty is not None else output
+        return output if self._ewc_log is None else output._replace(training_loss=loss)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the parent; what a trial says of fields of `EWCConfig` is set in `ewc_config`."""
+        with without_ewc_settings(self, trial) as (rest, found):
+            super()._hp_search_setup(rest)
+        self._trial = trial
+        if found:
+            self.ewc_config = replace(self.ewc_config, **found)
 
 
 class EWCTrainer(EWCMixin, Trainer):
