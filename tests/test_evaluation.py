@@ -144,6 +144,39 @@ def test_a_name_that_is_not_known_ends_before_the_first_step(tmp_path, monkeypat
         )
 
 
+def test_metrics_that_return_nothing_say_so(tmp_path):
+    with pytest.raises(TypeError, match="compute_metrics returned a NoneType; needed is a dict"):
+        run_tasks(
+            vit(), two_tasks(), arguments(tmp_path, max_steps=1), compute_metrics=lambda p: None
+        )
+
+
+class Counting:
+    """Adds up over the batches of an evaluation, and returns figures with the last alone."""
+
+    def __init__(self):
+        self.right = self.all = 0
+
+    def __call__(self, prediction, compute_result):
+        self.right += int((prediction.predictions.argmax(-1) == prediction.label_ids).sum())
+        self.all += len(prediction.label_ids)
+        if not compute_result:
+            return None
+        found = {"accuracy": self.right / self.all}
+        self.right = self.all = 0
+        return found
+
+
+def test_metrics_of_single_batches(tmp_path):
+    def run(folder, compute_metrics, **changes):
+        args = arguments(tmp_path / folder, max_steps=2, per_device_eval_batch_size=5, **changes)
+        done = run_tasks(vit(), two_tasks(), args, compute_metrics=compute_metrics)
+        return done.matrix.scores
+
+    batched = run("batched", Counting(), batch_eval_metrics=True)
+    np.testing.assert_allclose(batched, run("whole", None), equal_nan=True)
+
+
 def test_perplexity_is_shown_as_what_it_is(tmp_path):
     data = [{"input_ids": [1, 2, i % 5, 4], "labels": [1, 2, i % 5, 4]} for i in range(8)]
     tasks = [Task(name, data, data, metric="perplexity") for name in ("a", "b")]

@@ -540,3 +540,42 @@ def test_labels_that_a_loss_leaves_out_are_seen_wherever_they_stand(order, class
         rows.append({"input_ids": ids, "labels": ids.clone()})
     with pytest.raises(ValueError, match=r"cross-entropy of its logits but .* ignore_index is 0"):
         estimate_fisher(Tagger(), rows[::order], fisher_type="empirical")
+
+
+def raw_score(logits, labels):
+    return (logits.mean(-1) - logits.gather(-1, labels[:, None])[:, 0]).mean()
+
+
+@pytest.mark.parametrize("loss", [F.multi_margin_loss, raw_score])
+@pytest.mark.parametrize("seed", range(4))
+def test_margins_that_are_all_active_are_no_regularizer_beside_a_softmax(seed, loss):
+    """They differ from cross-entropy by log Σ exp of the logits, which no label changes either."""
+    model = Own(3, loss)
+    torch.manual_seed(seed)
+    nn.init.normal_(model.head.weight, std=0.05)
+    nn.init.zeros_(model.head.bias)
+    batch = {"x": features(EXAMPLES), "labels": LABELS}
+    with pytest.raises(ValueError, match="is not the cross-entropy of its logits"):
+        estimate_fisher(model, [batch])
+
+
+class Changing(Own):
+    """Dropout that stays on, or a mean that each forward moves."""
+
+    def __init__(self, moves):
+        super().__init__(3, F.cross_entropy)
+        self.moves = moves
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x, labels=None):
+        if self.moves:
+            self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+            return super().forward(x - self.mean, labels)
+        return super().forward(F.dropout(x, 0.5, training=True), labels)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_outputs_that_change_from_call_to_call_are_not_called_margins(moves):
+    batch = {"x": features(EXAMPLES), "labels": LABELS}
+    with pytest.raises(ValueError, match="other logits when it is called again"):
+        estimate_fisher(Changing(moves), [batch])

@@ -111,7 +111,13 @@ def _misfit(losses: Tensor, values: Tensor, tolerance: float) -> float:
 
 
 def _without_constant(losses: Tensor, values: Tensor, tolerance: float) -> float:
-    """How far differences between observations are apart, where they are large enough to tell."""
+    """How far differences between observations are apart, where they are large enough to tell.
+
+    A regularizer is at least 0. What a linear score or a margin lacks to −log p, log Σ exp of the
+    logits, does not depend on the labels either; there the loss is less than −log p.
+    """
+    if float((losses - values).mean()) < 0.0:
+        return math.inf
     losses, values = losses - losses.mean(), values - values.mean()
     scale = float(losses.abs().max())
     if scale < _SPREAD * tolerance * float(values.abs().max() + scale):

@@ -331,6 +331,10 @@ class LabelReader:
         if len(observed) < 2 or self._forward.makes_decoder_inputs(last.batch):
             return
         if first.outputs.scores and not same_scores(first.outputs, last.outputs):
+            with torch.no_grad(), unwatched():
+                again = self._forward.with_labels(first.batch)
+            if not same_scores(first.outputs, again):
+                raise refusals.changing_scores(self._model)
             raise refusals.scores_of_labels(self._model)
 
     def _after_prompts(self, observed: Sequence[Observation]) -> list[Observation]:

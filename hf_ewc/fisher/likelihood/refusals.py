@@ -99,6 +99,15 @@ def scores_of_labels(model: nn.Module) -> ValueError:
     )
 
 
+def changing_scores(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} puts out other logits when it is called again on the same inputs "
+        "in eval mode, as where dropout or noise stays on or a forward updates buffers that it "
+        "uses: no one function of the inputs, whose Fisher this would be. Have its forward leave "
+        "that out where self.training is False."
+    )
+
+
 def shift_unknown(model: nn.Module) -> ValueError:
     return ValueError(
         f"The loss of {type(model).__name__} is the same whether labels are shifted by one or not, "
