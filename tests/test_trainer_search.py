@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.trainer_utils import HPSearchBackend
 
@@ -58,6 +59,18 @@ def test_a_replaced_model_is_not_protected_while_another_is_trained(tmp_path: Pa
     assert all(torch.equal(p, before[n]) for n, p in trainer.model_wrapped.named_parameters())
     trainer.model_wrapped = trainer.model
     trainer.train()
+
+
+def test_adapters_put_into_the_trainers_model_are_trained_and_protected(tmp_path: Path) -> None:
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.1)
+    trainer = EWCTrainer(
+        model=bert(), args=args, train_dataset=Examples("bert", 8), ewc_config=EWCConfig()
+    )
+    trainer.model = get_peft_model(trainer.model, LoraConfig(target_modules=["query"]))
+    trainer.train()
+    state = trainer.consolidate()
+    (name,) = (n for n in state.anchor if "lora_B" in n and "layer.0" in n)
+    assert state.anchor[name].any()
 
 
 def test_a_model_that_is_made_for_each_run_is_not_a_replaced_one(tmp_path: Path) -> None:

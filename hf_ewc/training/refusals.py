@@ -109,9 +109,11 @@ def refuse_another_model(trainer: Trainer) -> None:
     model, init, wrapped = (
         getattr(trainer, name, None) for name in ("model", "model_init", "model_wrapped")
     )
-    if init is not None or wrapped is None or model is None:
+    if init is not None or wrapped is None or model is None or unwrap(wrapped) is unwrap(model):
         return
-    if unwrap(wrapped) is not unwrap(model):
+    there = {id(parameter) for parameter in wrapped.parameters()}
+    # Adapters may have been put into the model that the Trainer has.
+    if any(p.requires_grad and id(p) not in there for p in model.parameters()):
         raise ValueError(
             "trainer.model was replaced, and a Trainer goes on training the model that it was made "
             "with (trainer.model_wrapped). Make a trainer with the new model, or set model_wrapped "
