@@ -246,6 +246,7 @@ def test_fisher_of_images(tmp_path):
         (["MODEL", "EMPTY"], "empty.csv is empty"),
         (["MODEL", "HEADER"], "header.csv has no examples"),
         (["MODEL", "BINARY"], "binary.parquet cannot be read"),
+        (["MODEL", "TWICE"], "twice.csv cannot be read: its first line names the column 'text' tw"),
         (["MODEL", "ODD"], "a label is 'perhaps'; the model has"),
         (["MODEL", "OTHER"], "is none of .csv"),
         (["MODEL"], "the following arguments are required: DATA"),
@@ -255,6 +256,7 @@ def test_errors_of_fisher(tmp_path, text_model, csv, capsys, changes, message):
     files = {
         "EMPTY": ("empty.csv", ""),
         "HEADER": ("header.csv", "text,label\n"),
+        "TWICE": ("twice.csv", "text;label;text\nthe film;good;was good\n"),
         "ODD": ("odd.csv", "text,label\nthe film,perhaps\n"),
         "BINARY": ("binary.parquet", "\0\1"),
         "OTHER": ("other.xyz", "the film"),

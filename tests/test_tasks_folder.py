@@ -365,6 +365,11 @@ def test_what_could_only_fail_later_is_refused_first(options, error, message, tm
         ({"fisher_dataset": pd.DataFrame()}, TypeError, "the fisher_dataset of task '0 or 1' is"),
         ({"fisher_dataset": []}, ValueError, "the fisher_dataset of task '0 or 1' is empty"),
         ({"weight": True}, ValueError, "weight of task '0 or 1' is True"),
+        (
+            {"train_dataset": iter([1])},
+            TypeError,
+            "train_dataset of task '0 or 1' is a .*read once",
+        ),
     ],
 )
 def test_all_of_a_task_is_looked_at_first(changes, error, message, tmp_path):

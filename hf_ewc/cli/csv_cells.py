@@ -19,7 +19,16 @@ _NUMBER = r"^\s*-?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s
 
 
 def as_words(path: str, options: Mapping[str, Any]) -> datasets.Features:
-    """The columns that the first line names, each of words."""
+    """The columns that the first line names, each of words.
+
+    Raises:
+        ValueError: it names one twice.
+    """
+    first = pd.read_csv(path, nrows=1, header=None, dtype=str, **options).iloc[0].dropna()
+    if first.duplicated().any():
+        raise ValueError(
+            f"its first line names the column {first[first.duplicated()].iloc[0]!r} twice"
+        )
     names = pd.read_csv(path, nrows=0, **options).columns
     return datasets.Features({str(name): datasets.Value("string") for name in names})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -59,6 +59,11 @@ def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) 
         named |= {} if task.fisher_dataset is None else {"fisher": task.fisher_dataset}
         for kind, data in named.items():
             what = f"the {kind}_dataset of task {task.name!r}"
+            if isinstance(data, Iterator):
+                raise TypeError(
+                    f"{what} is a {type(data).__name__}, which can be read once only; give a list "
+                    "of examples, a data set, or a torch.utils.data.IterableDataset."
+                )
             check_kind(what, data)
             if task.data_collator is None and data_collator is None:
                 check_label_numbers(what, data)
