@@ -2,7 +2,7 @@
 
     scripts/reproduce language_model [--only plain "replay 5 %" ...] [--seeds N] [--validation]
 
-SmolLM2-135M, r = 8 on all linear maps, blocks of 128 tokens, bf16. The first task, general text
+SmolLM2-135M, r = 8 on all linear maps, blocks of 128 tokens. The first task, general text
 (news, encyclopedia, reviews), is not trained on: its learning rate is 0, and what the model knows
 of it is protected before the adapter has taken a step. Perplexity on texts that had no part in
 training; steps and learning rate were chosen on other texts (`--validation`), with one seed.
@@ -38,6 +38,9 @@ class LanguageModelOptions(TableOptions):
         metadata={"help": "Name or folder of the language model."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW."})
+    bf16: bool = field(
+        default=True, metadata={"help": "False for fp32, on processors that have no bf16."}
+    )
 
 
 def methods() -> dict[str, Any]:
@@ -49,7 +52,12 @@ def methods() -> dict[str, Any]:
             }  # fmt: skip
     for strength in L2_LAMBDAS:
         found[f"L2-SP, λ = {strength:g}"] = {"l2sp_lambda": strength}
-    return found | {"replay 5 %": {"replay_share": 0.05}}
+    return found | {
+        "replay 5 %": {"replay_share": 0.05},
+        "averaging": {"weight_average": "mean"},
+        "distillation": {"distillation_weight": 1.0},
+        "joint": {"joint_training": True},
+    }
 
 
 ADAPTER_LAMBDAS = (1e1, 1e2, 1e3)
@@ -92,7 +100,7 @@ def sequence_of(options: LanguageModelOptions) -> TaskSequence:
         "General text, then Shakespeare; SmolLM2-135M by LoRA",
         tasks,
         partial(adapted, options.smollm2),
-        {"learning_rate": options.learning_rate, "max_steps": 30, "bf16": True,
+        {"learning_rate": options.learning_rate, "max_steps": 30, "bf16": options.bf16,
          "use_cpu": not torch.cuda.is_available(),
          "per_device_train_batch_size": 4, "per_device_eval_batch_size": 6,
          "lr_scheduler_type": "linear", "remove_unused_columns": True},
