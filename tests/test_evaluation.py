@@ -145,7 +145,9 @@ def test_a_name_that_is_not_known_ends_before_the_first_step(tmp_path, monkeypat
 
 
 def test_metrics_that_return_nothing_say_so(tmp_path):
-    with pytest.raises(TypeError, match="compute_metrics returned a NoneType; needed is a dict"):
+    with pytest.raises(
+        TypeError, match=r"compute_metrics of task .* returned None, a NoneType; needed is a dict"
+    ):
         run_tasks(
             vit(), two_tasks(), arguments(tmp_path, max_steps=1), compute_metrics=lambda p: None
         )

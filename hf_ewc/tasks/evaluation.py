@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,29 +124,13 @@ def metrics_of(task: Task, plan: Plan, model: nn.Module) -> Metrics | None:
     """
     given = task.compute_metrics or plan.compute_metrics
     if callable(given):
-        return _returning_figures(given)
+        return given
     shifted = is_causal(model)
     by_accuracy = task.metric == "accuracy"
     if given is None and (shifted or task.metric == "perplexity"):
         return TokenScores(shifted, with_accuracy=by_accuracy)
     default = partial(accuracy, shifted=shifted) if by_accuracy else None
     return default if given is None else NamedMetrics(given, shifted, beside=default)
-
-
-def _returning_figures(compute_metrics: Metrics) -> Metrics:
-    """The user's function, whose result is seen to be a dict; of single batches it may be none."""
-
-    @wraps(compute_metrics)
-    def checked(*args: Any, **kwargs: Any) -> dict[str, float]:
-        found: Any = compute_metrics(*args, **kwargs)
-        if kwargs.get("compute_result", True) and not isinstance(found, Mapping):
-            raise TypeError(
-                f"compute_metrics returned a {type(found).__name__}; needed is a dict of figures "
-                "by their names, such as {'accuracy': 0.9}."
-            )
-        return found  # type: ignore[no-any-return]
-
-    return checked
 
 
 def accuracy(prediction: EvalPrediction, shifted: bool = False) -> dict[str, float]:

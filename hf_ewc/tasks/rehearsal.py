@@ -97,7 +97,7 @@ def _rehearse(trainer: Any, task: Task, is_own: bool) -> None:
             if is_own and not isinstance(error, NoLabels):
                 raise _cannot_be_scored(task, str(error)) from error
             return
-        if found is None:
+        if found is None and trainer.args.batch_eval_metrics:  # of all but the last batch
             return
         if not isinstance(found, Mapping):
             raise TypeError(

@@ -52,12 +52,7 @@ def methods() -> dict[str, Any]:
             }  # fmt: skip
     for strength in L2_LAMBDAS:
         found[f"L2-SP, λ = {strength:g}"] = {"l2sp_lambda": strength}
-    return found | {
-        "replay 5 %": {"replay_share": 0.05},
-        "averaging": {"weight_average": "mean"},
-        "distillation": {"distillation_weight": 1.0},
-        "joint": {"joint_training": True},
-    }
+    return found | {"replay 5 %": {"replay_share": 0.05}}
 
 
 ADAPTER_LAMBDAS = (1e1, 1e2, 1e3)
