@@ -25,9 +25,9 @@ from hf_ewc.fisher.examples.shares import (
     leaves,
     share_of,
     take_items,
-    tensors_in,
 )
 from hf_ewc.fisher.labels import LABEL_NAMES
+from hf_ewc.fisher.uses.nested import tensors_in
 
 # The names that a label has in an example whose collator calls it "labels".
 _OTHER_NAMES = {"labels": ("label", "label_ids")}
@@ -128,7 +128,7 @@ class Layout:
                 continue
             if len(set(share.counts)) > 1:
                 return f"{path} has {', '.join(map(str, share.counts))} rows for them"
-            if not isinstance(value, Tensor) and any(True for _ in tensors_in(value)):
+            if not isinstance(value, Tensor) and tensors_in(value):
                 return f"{path} is a list of tensors, one for each"
         return None
 

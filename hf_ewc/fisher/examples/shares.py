@@ -48,18 +48,6 @@ def leaves(value: Any, share: Share, path: str) -> Iterator[tuple[str, Any, Shar
         yield from leaves(item, inner, f"{path}.{name}" if path else str(name))
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-
-
 def take(value: Any, share: Share, examples: Sequence[int]) -> Any:
     """What of `value` is of these examples, or of all, in a container of its kind."""
     if isinstance(share, Rows):
