@@ -1,11 +1,12 @@
-"""What a language model keeps of general text while it learns Shakespeare by LoRA.
+"""What a language model keeps of general text while it learns Shakespeare, then requests, by LoRA.
 
     scripts/reproduce language_model [--only plain "replay 5 %" ...] [--seeds N] [--validation]
 
 SmolLM2-135M, r = 8 on all linear maps, blocks of 128 tokens. The first task, general text
 (news, encyclopedia, reviews), is not trained on: its learning rate is 0, and what the model knows
-of it is protected before the adapter has taken a step. Perplexity on texts that had no part in
-training; steps and learning rate were chosen on other texts (`--validation`), with one seed.
+of it is protected before the adapter has taken a step. Then come Shakespeare and what people ask
+an assistant for. Perplexity on texts that had no part in training; steps and learning rate were
+chosen on other texts (`--validation`), with one seed.
 """
 
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ewc import Task
 from hf_ewc.report.statistics import estimate
+from hf_ewc.report.tables import table
 from hf_ewc.tasks.methods import Comparison
 
 GENERAL = ("ag_news", "dbpedia14", "yelp5")
@@ -44,20 +46,24 @@ class LanguageModelOptions(TableOptions):
 
 
 def methods() -> dict[str, Any]:
-    found: dict[str, Any] = {"plain": {"evaluate_unseen": True}}
-    for space, title in (("adapter", "EWC of A and B"), ("weight", "EWC of the weights")):
-        for strength in ADAPTER_LAMBDAS if space == "adapter" else WEIGHT_LAMBDAS:
-            found[f"{title}, λ = {strength:g}"] = {
-                "ewc_space": space, "ewc_lambda": strength, "fisher_samples": 32,
-            }  # fmt: skip
-    for strength in L2_LAMBDAS:
-        found[f"L2-SP, λ = {strength:g}"] = {"l2sp_lambda": strength}
-    return found | {"replay 5 %": {"replay_share": 0.05}}
-
-
-ADAPTER_LAMBDAS = (1e1, 1e2, 1e3)
-WEIGHT_LAMBDAS = (1e1, 1e2, 1e3)
-L2_LAMBDAS = (1e-3, 1e-2, 1e-1)
+    """λ as the state tells, found by itself, and given: where little of learning is lost."""
+    factors = {"ewc_space": "adapter", "fisher_samples": 32}
+    weights = {"ewc_space": "weight", "fisher_samples": 32}
+    return {
+        "plain": {"evaluate_unseen": True},
+        "EWC of A and B": factors,
+        "EWC of A and B, λ = 1000": {**factors, "ewc_lambda": 1e3},
+        "EWC of A and B, λ found": {**factors, "ewc_lambda": "auto"},
+        "EWC of the weights": weights,
+        "EWC of the weights, λ = 100": {**weights, "ewc_lambda": 1e2},
+        "L2-SP, λ = 0.01": {"l2sp_lambda": 1e-2},
+        "L2-SP, λ = 0.1": {"l2sp_lambda": 1e-1},
+        "replay 5 %": {"replay_share": 0.05},
+        "EWC of A and B + replay 5 %": {**factors, "replay_share": 0.05},
+        "averaging": {"weight_average": "mean"},
+        "distillation": {"distillation_weight": 1.0},
+        "joint": {"joint_training": True},
+    }
 
 
 def sequence_of(options: LanguageModelOptions) -> TaskSequence:
@@ -72,9 +78,13 @@ def sequence_of(options: LanguageModelOptions) -> TaskSequence:
         ]
 
     plays = shakespeare_parts(options.folder)
-    scored = "validation" if options.validation else "test"
+    asked, unseen = (
+        frame.text.sample(frac=1, random_state=0) for frame in texts("clinc150", options.folder)
+    )
+    asked, others = asked.iloc[:-3000], asked.iloc[-3000:]
+    scored = plays["validation" if options.validation else "test"]
     play = partial(blocks, tokenizer=tokenizer)
-    learnt = examples(play([plays["train"]], most=1000))
+    last = examples(play(asked, most=200))
     tasks = [
         Task(
             "general text",
@@ -85,19 +95,25 @@ def sequence_of(options: LanguageModelOptions) -> TaskSequence:
         ),
         Task(
             "Shakespeare",
-            learnt,
-            examples(play([plays[scored]], most=24)),
+            examples(play([plays["train"]], most=200)),
+            examples(play([scored], most=24)),
             metric="perplexity",
-            fisher_dataset=learnt.select(range(4)),  # nothing comes after it
+        ),
+        Task(
+            "requests",
+            last,
+            examples(play(others if options.validation else unseen, most=24)),
+            metric="perplexity",
+            fisher_dataset=last.select(range(4)),  # nothing comes after it
         ),
     ]
     return TaskSequence(
-        "General text, then Shakespeare; SmolLM2-135M by LoRA",
+        "General text, then Shakespeare, then requests; SmolLM2-135M by LoRA",
         tasks,
         partial(adapted, options.smollm2),
         {"learning_rate": options.learning_rate, "max_steps": 30, "bf16": options.bf16,
          "use_cpu": not torch.cuda.is_available(),
-         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 6,
+         "per_device_train_batch_size": 2, "per_device_eval_batch_size": 6,
          "lr_scheduler_type": "linear", "remove_unused_columns": True},
         (),
     )  # fmt: skip
@@ -128,17 +144,27 @@ def examples(found: list[list[int]]) -> Dataset:
     return Dataset.from_dict({"input_ids": found, "labels": found})
 
 
+COLUMNS = {
+    "general text": (-1, 0),
+    "Shakespeare": (-1, 1),
+    "requests": (-1, 2),
+    "general text before the requests": (-2, 0),
+    "Shakespeare before them": (-2, 1),
+}
+
+
 def shown(found: Comparison) -> str:
-    """Perplexities in the end, mean ± standard error over seeds."""
-    lines = ["| | general text | Shakespeare |", "|---|--:|--:|"]
-    for outcome in found.runs.get("plain", {}).values():
-        before = [f"{-float(score):.2f}" for score in outcome.matrix.baseline]
-        lines[2:] = [f"| not trained | {' | '.join(before)} |"]  # the same with all seeds
+    """Perplexities in the end and one task before it, mean ± standard error over seeds."""
+    rows = []
+    for outcome in list(found.runs.get("plain", {}).values())[:1]:  # the same with all seeds
+        rows.append(["not trained", *(f"{-float(s):.2f}" for s in outcome.matrix.baseline), "", ""])
     for name, runs in found.runs.items():
-        last = [outcome.matrix.scores[-1] for outcome in runs.values()]
-        columns = [_level([-float(row[task]) for row in last]) for task in (0, 1)]
-        lines.append(f"| {name} | {' | '.join(columns)} |")
-    return "\n".join(lines)
+        scores = [outcome.matrix.scores for outcome in runs.values()]
+        rows.append([
+            name,
+            *(_level([-float(s[after][task]) for s in scores]) for after, task in COLUMNS.values()),
+        ])  # fmt: skip
+    return table(["", *COLUMNS], rows)
 
 
 def _level(values: list[float]) -> str:
