@@ -83,8 +83,12 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     with one_line_errors():
         tokenizer = pretrained(AutoTokenizer, own.model_name_or_path)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None and tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {own.model_name_or_path} has neither a pad_token nor an "
+                "eos_token; save it with one of them, with which examples can be padded."
+            )
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         config = pretrained(AutoConfig, own.model_name_or_path)
         own.block_size = fitting_length("block_size", own.block_size, tokenizer, config)
         tasks, others, general = prepared(own, tokenizer)

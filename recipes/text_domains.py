@@ -32,8 +32,9 @@ class DomainArguments(SourceArguments):
     block_size: int = field(
         default=512,
         metadata={
-            "help": "Tokens of an example. Texts are joined, with an end-of-text token behind "
-            "each, and cut into blocks of this; a chat is an example of its own, cut off there."
+            "help": "Tokens of an example. Texts are joined, with the tokenizer's end-of-text "
+            "token behind each, where it has one, and cut into blocks of this; a chat is an "
+            "example of its own, cut off there."
         },
     )
 
@@ -134,11 +135,12 @@ def _tokens(
 ) -> Iterator[list[int]]:
     """The tokens of each example."""
     rest: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for row, value in enumerate(values):
         if isinstance(value, str):
             if not value.strip():
                 continue
-            rest += [*tokenizer(value, verbose=False)["input_ids"], tokenizer.eos_token_id]
+            rest += [*tokenizer(value, verbose=False)["input_ids"], *end]
             while len(rest) >= size:
                 yield rest[:size]
                 rest = rest[size:]
@@ -168,4 +170,11 @@ def _of_chat(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list
             f"{where} is a chat, and the model's tokenizer has no chat template; choose a model "
             "that was trained on chats, or save a template with the tokenizer."
         )
-    return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+    try:
+        return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+    except Exception as error:  # a template is a program of its own
+        raise ValueError(
+            f"{where} is a chat that the template of the model's tokenizer cannot write: {error}; "
+            f"it is {messages!r:.200}. Leave it out or change it, or save a template that takes "
+            "such chats with the tokenizer."
+        ) from error

@@ -62,6 +62,20 @@ def test_numbers_inside_of_lists_and_dicts(written, value, parse):
     assert own.sizes == [2, 3]
 
 
+def test_keys_that_are_merged_stand_behind_those_of_the_entry_itself(parse):
+    own, *_ = parse(
+        "model: m\ntasks:\n"
+        "  - &first {name: a, rate: 1}\n"
+        "  - &second {<<: *first, name: b}\n"
+        "  - {<<: [*second, {rate: 2, more: 3}], rate: 4}\n"
+    )
+    assert own.tasks == [
+        {"name": "a", "rate": 1},
+        {"name": "b", "rate": 1},
+        {"name": "b", "rate": 4, "more": 3},
+    ]
+
+
 def test_without_a_file():
     (own,) = parse_arguments(Own, arguments=["--model", "x", "--sizes", "4", "5"])
     assert (own.model, own.sizes) == ("x", [4, 5])
@@ -80,6 +94,7 @@ def test_without_a_file():
         ("model: m\newc_lambda: -1", [], "ewc_lambda is -1"),
         ("model: m\nmax_steps: many", [], "has max_steps: 'many'; needed is a whole number."),
         ("model: m\nmodel: n", [], "the key 'model' is there twice"),
+        ("model: m\ntasks: [&a {x: 1}, {<<: *a, y: 1, y: 2}]", [], "the key 'y' is there twice"),
         ("model: [", [], "is no YAML"),
         ("- model", [], "needed are lines of `key: value`"),
         ("", [], "needed are lines of `key: value`"),

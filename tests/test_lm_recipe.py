@@ -201,6 +201,49 @@ def test_chats_without_a_template(tmp_path):
         examples_of(domain(tmp_path / "x.jsonl"), "train", made_tokenizer(None), 8, None)
 
 
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no systems') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"role": "system", "content": "red"}, "no systems"),
+        ({"role": "user", "content": None}, "'content': None"),
+        ({"role": "user", "content": [{"type": "text", "text": "red"}]}, "list"),
+    ],
+)
+def test_chats_that_the_template_cannot_write(turn, reason, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"text": [turn]}))
+    with pytest.raises(ValueError) as refused:
+        examples_of(
+            domain(tmp_path / "x.json"), "train", made_tokenizer(REFUSING + TEMPLATE), 8, None
+        )
+    assert "x.json, example 1 is a chat that the template of" in str(refused.value)
+    assert reason in str(refused.value)
+
+
+def test_a_tokenizer_without_an_end_of_text(tmp_path):
+    tokenizer = made_tokenizer()
+    tokenizer.eos_token = None
+    (tmp_path / "x.csv").write_text("text\nred blue\ncat dog a\n")
+    found = examples_of(domain(tmp_path / "x.csv"), "train", tokenizer, 3, None)
+    assert [tokenizer.decode(ids) for ids in found["input_ids"]] == ["red blue cat", "dog a"]
+
+
+def test_a_tokenizer_that_cannot_pad(folder, tmp_path):
+    bare = made_tokenizer()
+    bare.eos_token = bare.pad_token = None
+    LlamaForCausalLM.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    bare.save_pretrained(tmp_path / "model")
+    code, output = run_recipe(
+        NAME, folder / "texts.yaml", "--output_dir", tmp_path / "runs",
+        "--model_name_or_path", tmp_path / "model",
+    )  # fmt: skip
+    assert code == 2
+    assert "has neither a pad_token nor an eos_token" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

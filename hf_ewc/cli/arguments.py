@@ -174,11 +174,18 @@ def _is_number(value: Any, whole: bool) -> bool:
     return not whole or number.is_integer()
 
 
+_MERGED = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.1 without two of its surprises: 1e-3 is a number, and a key twice is an error."""
+    """YAML 1.1 without two of its surprises: 1e-3 is a number, and a key twice is an error.
+
+    What `<<: *anchor` merges is no key of its own: those beside it win over it.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != _MERGED]
+        keys = [self.construct_object(key, deep=True) for key in own]
         if twice := {str(key) for key in keys if keys.count(key) > 1}:
             raise yaml.YAMLError(f"the key {min(twice)!r} is there twice")
         return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
