@@ -83,6 +83,34 @@ def test_callbacks_that_need_evaluation_between_do_not_see_the_trials(tmp_path, 
     assert stopping in trainer.callback_handler.callbacks
 
 
+def test_the_smallest_that_is_tried_is_the_lowest(tmp_path, learnt):
+    options = dict(metric="accuracy", give_up=0.0, first=3e9, lowest=7e8)
+    found = find_lambda(trainer_of(tmp_path, learnt), **options)
+    assert [t.ewc_lambda for t in found.curve.trials] == [0.0, 3e9, 7e8]
+    old = [three_tasks()[0].eval_dataset]
+    found = find_lambda(trainer_of(tmp_path, learnt), **options, old_validation=old)
+    assert [t.ewc_lambda for t in found.curve.trials] == [0.0, 3e9, 7e8]
+    options |= dict(first=5e8, lowest=7e8)  # what is tried first is tried
+    found = find_lambda(trainer_of(tmp_path, learnt), **options)
+    assert [t.ewc_lambda for t in found.curve.trials] == [0.0, 5e8]
+
+
+def test_evaluations_around_it_see_the_same_weights(tmp_path, learnt, caplog):
+    trainer = trainer_of(tmp_path, learnt)
+    data = trainer.train_dataset
+    before = trainer.evaluate(data)
+    for _ in range(2):
+        find_lambda(trainer, first=1e2, lowest=1e2)
+        assert trainer.evaluate(data)["eval_loss"] == before["eval_loss"]
+    assert "other weights" not in caplog.text
+    with torch.no_grad():
+        trainer.model.vit.embeddings.cls_token.add_(1.0)
+    trainer.evaluate(data)
+    assert "other weights" in caplog.text  # the earlier evaluation is remembered beyond it
+    with torch.no_grad():
+        trainer.model.vit.embeddings.cls_token.sub_(1.0)
+
+
 def test_training_after_it_is_as_without_it(tmp_path, learnt):
     begin = weights_of(learnt[0])
     trainer = trainer_of(tmp_path, learnt)

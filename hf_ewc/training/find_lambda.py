@@ -20,6 +20,7 @@ from hf_ewc.config.checked import number
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.training.evaluating import all_of_its_own_data
+from hf_ewc.training.final_weights import WeightsInUse
 from hf_ewc.training.held_out import (
     has_rows,
     held_out_rows,
@@ -27,7 +28,7 @@ from hf_ewc.training.held_out import (
     other_rows,
     rows_of,
 )
-from hf_ewc.training.lambda_curve import FACTOR, GIVE_UP, LOWEST, LambdaCurve, Trial
+from hf_ewc.training.lambda_curve import GIVE_UP, LOWEST, LambdaCurve, Trial, following
 from hf_ewc.training.prepared import let_it_be_wrapped
 from hf_ewc.training.short_training import for_a_share
 from hf_ewc.training.trainer import EWCMixin
@@ -109,7 +110,8 @@ def find_lambda(
             curve = curve.with_trial(trial.made(strength, metric))
             if old_validation:
                 old[strength] = trial.loss_on(old_validation)
-                strength = None if 0 < strength <= lowest else strength / FACTOR or first
+                is_last = 0 < strength <= lowest
+                strength = None if is_last else following(strength, first, lowest)
             else:
                 strength = curve.upcoming()
     if said := curve.warning(trainer.args.learning_rate):
@@ -195,12 +197,13 @@ class _Trials:
 def _as_it_was(trainer: Any) -> Iterator[_Trials]:
     """Trials with the trainer, which is as before at the end, whatever ends them."""
     kept = ("args", "train_dataset", "ewc_config", "state", "control", "callback_handler")
-    values = {name: getattr(trainer, name) for name in kept}
+    values = {name: getattr(trainer, name) for name in (*kept, "_ewc_weights_in_use")}
     state, training = trainer.ewc_state, trainer.model.training
     trials = _Trials(trainer)
     with preserved_random_states():
         trainer.state, trainer.control = TrainerState(), TrainerControl()
         trainer.callback_handler = _without_the_users(trainer)
+        trainer._ewc_weights_in_use = WeightsInUse()
         try:
             yield trials
         finally:

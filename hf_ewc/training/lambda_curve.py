@@ -43,10 +43,10 @@ class Trial:
 class LambdaCurve:
     """Score of the new task against λ, as far as it was tried, and the λ that it tells.
 
-    The largest λ of first, first/10, first/100 … whose score is at least (1 − give_up)
-    times that of plain training for as many steps ("stability decay", De Lange et al. 2021, arXiv
-    1909.08383). Where lower is better, or a score is not above 0, it is the improvement on the
-    score before training that counts: (trial − before) / (plain − before) ≥ 1 − give_up.
+    The largest λ of first, first/10, first/100 … down to `lowest` whose score is at least
+    (1 − give_up) times that of plain training for as many steps ("stability decay", De Lange et al.
+    2021, arXiv 1909.08383). Where lower is better, or a score is not above 0, it is the improvement
+    on the score before training that counts: (trial − before) / (plain − before) ≥ 1 − give_up.
 
     Args:
         task: its name.
@@ -130,7 +130,7 @@ class LambdaCurve:
             return 0.0
         if self._is_over:
             return None
-        return self.first if len(self.trials) == 1 else self.trials[-1].ewc_lambda / FACTOR
+        return following(self.trials[-1].ewc_lambda, self.first, self.lowest)
 
     def with_trial(self, trial: Trial) -> LambdaCurve:
         """The curve with one more trial, of which it says what was kept."""
@@ -237,6 +237,11 @@ class LambdaCurve:
         given = {key: value for key, value in data.items() if key != "chosen"}
         given["labels"] = given.pop("examples", given.get("labels", 0))  # as it was named
         return cls(**{**given, "trials": tuple(Trial(**trial) for trial in given["trials"])})
+
+
+def following(strength: float, first: float, lowest: float) -> float:
+    """The λ that is tried after this one: `first` after none, in the end `lowest`."""
+    return max(strength / FACTOR, lowest) if strength else first
 
 
 def _between(passed: Trial, failed: Trial, needed: float) -> float:
