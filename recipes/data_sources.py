@@ -1,7 +1,8 @@
 """Where the data of a task is: what all recipes ask of an entry of their `tasks:`."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hf_ewc.cli.arguments import check_known
 
@@ -81,8 +82,24 @@ class Source:
         common = {} if given is None else {k: v for k, v in vars(given).items() if k in known}
         if SOURCES & entry.keys():
             common = {key: value for key, value in common.items() if key not in SOURCES}
+        _check_kinds(cls, {**common, **entry}, where)
         return cls(**{**common, **entry})
 
     def of_part(self, part: str) -> tuple[str | None, str]:
         """The file and the split of the part "train" or "eval"."""
         return getattr(self, f"{part}_file"), getattr(self, f"{part}_split")
+
+
+def _check_kinds(kind: Any, values: dict[str, Any], where: str) -> None:
+    """Refuse a list where one word is needed, a number where a name is: a `ValueError`."""
+    for key, hint in get_type_hints(kind).items():
+        value = values.get(key)
+        kinds = [get_origin(each) or each for each in get_args(hint) or (hint,)]
+        if key not in values or (value is None and NoneType in kinds):
+            continue
+        if not isinstance(value, tuple(kinds)):
+            needed = " or ".join(_WORDS[each] for each in kinds if each in _WORDS)
+            raise ValueError(f"{where} has {key}: {value!r:.60}; needed is {needed}.")
+
+
+_WORDS = {str: "one word or path (a number in quotes)", list: "a list"}

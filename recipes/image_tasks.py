@@ -22,6 +22,7 @@ from hf_ewc.cli.sources import check_file
 
 logger = logging.getLogger("hf_ewc")
 
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by the number of channels
 _SIXTEEN_BITS, _TOO_DARK = 0xFFFF, 0x1000  # 12 bits
 Pixels = Callable[[Sequence[Image.Image]], Tensor]  # images to [N, channels, height, width]
 
@@ -201,7 +202,13 @@ def _as_images(data: Dataset, column: str, folder: Path, where: str) -> Dataset:
 
 def pixels_for(config: PretrainedConfig, model_name: str | None) -> Pixels:
     """What makes images the pixels of a model: its own processor, or plain scaling to 0 … 1."""
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[getattr(config, "num_channels", 3)]
+    channels = getattr(config, "num_channels", 3)
+    if channels not in _MODES:
+        raise ValueError(
+            f"num_channels of the model is {channels}; images have 1 (grey), 3 (colours) or 4 "
+            "(colours and transparency)."
+        )
+    mode = _MODES[channels]
     if model_name is not None:
         processor: Any = pretrained(AutoImageProcessor, model_name)
         return lambda images: processor(
@@ -254,8 +261,7 @@ def with_pixels(part: Part, task: ImageTask, rows: dict[str, int], pixels: Pixel
             f"their {_SIXTEEN_BITS} shades the upper 8 bits are taken, which leaves these nearly "
             "black. Scale them to the whole range, or save them with 8 bits."
         )
-    data = part.with_labels([task.image], rows).rename_column(task.image, "pixel_values")
-    return data.with_transform(ready)
+    return part.with_labels({task.image: "pixel_values"}, rows).with_transform(ready)
 
 
 def _local(part: Part, task: ImageTask) -> list[Any]:
@@ -278,9 +284,17 @@ def _loaded(value: Any, where: str) -> Image.Image:
     with _opened(value, where) as image:
         try:
             image.load()
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # whatever the reader of its kind raises
             raise _unreadable(value, where, error) from error
-        return _of_eight_bits(ImageOps.exif_transpose(image), value, where)  # upright
+        return _of_eight_bits(_upright(image), value, where)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; as it lies where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as many kinds as there are ways to write it wrongly
+        return image
 
 
 def _of_eight_bits(image: Image.Image, value: Any, where: str) -> Image.Image:
@@ -301,7 +315,7 @@ def _opened(value: Any, where: str) -> Image.Image:
         raise ValueError(f"{where} has an example without an image.")
     try:
         return Image.open(io.BytesIO(content) if content is not None else path)
-    except (OSError, SyntaxError, ValueError) as error:  # UnidentifiedImageError is an OSError
+    except Exception as error:  # such as Pillow's own of pictures that are too large for it
         raise _unreadable(value, where, error) from error
 
 

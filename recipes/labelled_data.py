@@ -88,13 +88,19 @@ class Part:
         """What the task's examples have in a column, one after another."""
         return self.data.select_columns([name]).select(self.rows)[name]
 
-    def with_labels(self, columns: list[str], rows: dict[str, int]) -> Dataset:
-        """The task's examples with these columns, and as `labels` rows of the head."""
+    def with_labels(self, columns: dict[str, str], rows: dict[str, int]) -> Dataset:
+        """The task's examples with these columns, and as `labels` rows of the head.
+
+        Args:
+            columns: for each its name in what is returned, which may not be "labels".
+            rows: of the head, by the labels' names.
+        """
         labels = np.full(len(self.data), -100)
         labels[self.rows] = [rows[label] for label in self.labels]
         # Before they are chosen from: afterwards the library would copy all columns.
-        data = self.data.select_columns(columns).add_column("labels", labels)
-        return data.select(self.rows)
+        data = self.data.select_columns([*columns])
+        data = data.rename_columns({old: new for old, new in columns.items() if old != new})
+        return data.add_column("labels", labels).select(self.rows)
 
 
 @dataclass
@@ -129,7 +135,15 @@ def load_all(tasks: list[Any], given: DataArguments) -> list[Examples]:
     """The examples of all tasks."""
     if given.classes_per_task is not None:
         tasks = split_up(tasks[0], given.classes_per_task)
-    return [load(task, given.max_train_samples, given.max_eval_samples) for task in tasks]
+    found = [load(task, given.max_train_samples, given.max_eval_samples) for task in tasks]
+    for each in found:
+        if len(each.labels) == 1 and not (given.shared_labels and len(found) > 1):
+            raise ValueError(
+                f"task {each.task.name!r} has the class {each.labels[0]!r} alone, so that there is "
+                "nothing to tell apart: every score would be 1. Give it more classes, or several "
+                "tasks shared_labels: true, with which the model chooses among those of all."
+            )
+    return found
 
 
 def split_up(task: Any, size: int) -> list[Any]:

@@ -136,7 +136,13 @@ def config_of(own: Arguments) -> Any:
         )
     plain = AutoConfig.for_model(own.model_config["model_type"])
     check_known(own.model_config, [*plain.to_dict()], "model_config")
-    return AutoConfig.for_model(**own.model_config)
+    try:
+        config = AutoConfig.for_model(**own.model_config)
+        with torch.device("meta"):  # sizes that do not go together show without any memory
+            AutoModelForImageClassification.from_config(config)
+    except Exception as error:  # each model has checks of its own
+        raise ValueError(f"model_config makes no model: {error}") from error
+    return config
 
 
 if __name__ == "__main__":

@@ -27,8 +27,11 @@ class TextTask(LabelledTask):
 
     def check(self) -> None:
         super().check()
-        if not 1 <= len(self.columns) <= 2:
-            raise ValueError(f"task {self.name!r} has the texts {self.columns}; give one or two.")
+        if not 1 <= len(self.columns) <= 2 or not all(type(c) is str for c in self.columns):
+            raise ValueError(
+                f"task {self.name!r} has the texts {self.columns}; give the name of one column, or "
+                "of two."
+            )
         named = [*self.columns, self.label]
         if len({*named}) < len(named):
             raise ValueError(
@@ -51,8 +54,9 @@ def tokenized(part: Part, columns: list[str], rows: dict[str, int], tokenize: An
                     f"{part.where} has {seen} in column {column!r} of example {row + 1}; needed is "
                     "text."
                 )
-    return part.with_labels(columns, rows).map(
-        lambda batch: tokenize(*(batch[column] for column in columns)),
+    texts = {column: f"text {k}" for k, column in enumerate(columns)}  # one may be named "labels"
+    return part.with_labels(texts, rows).map(
+        lambda batch: tokenize(*(batch[text] for text in texts.values())),
         batched=True,
-        remove_columns=columns,
+        remove_columns=[*texts.values()],
     )

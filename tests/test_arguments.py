@@ -76,6 +76,12 @@ def test_keys_that_are_merged_stand_behind_those_of_the_entry_itself(parse):
     ]
 
 
+def test_nothing_where_nothing_is_the_default_and_words_for_yes_and_no(parse):
+    _, args, _ = parse("model: m\ntf32: null\nuse_cpu: 'yes'\nbf16: no\neval_steps: null")
+    assert args.use_cpu is True
+    assert args.eval_steps is None
+
+
 def test_without_a_file():
     (own,) = parse_arguments(Own, arguments=["--model", "x", "--sizes", "4", "5"])
     assert (own.model, own.sizes) == ("x", [4, 5])
@@ -93,6 +99,11 @@ def test_without_a_file():
         ("max_steps: 3", [], "required: --model"),
         ("model: m\newc_lambda: -1", [], "ewc_lambda is -1"),
         ("model: m\nmax_steps: many", [], "has max_steps: 'many'; needed is a whole number."),
+        ("model: m\nlearning_rate: null", [], "has learning_rate: None; needed is a number."),
+        ("model: m\nmax_steps: null", [], "has max_steps: None; needed is a whole number."),
+        ("model: m\nbf16: 3", [], "has bf16: 3; needed is true or false."),
+        ("model: m\nbf16: perhaps", [], "has bf16: 'perhaps'; needed is true or false."),
+        ("model: m\ntf32: [1]", [], "has tf32: [1]; needed is true or false."),
         ("model: m\nmodel: n", [], "the key 'model' is there twice"),
         ("model: m\ntasks: [&a {x: 1}, {<<: *a, y: 1, y: 2}]", [], "the key 'y' is there twice"),
         ("model: [", [], "is no YAML"),

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -192,6 +193,29 @@ def test_perplexity_is_shown_as_what_it_is(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "average perplexity ↓" in report
     assert "-" + f"{figures['perplexity']:.3f}" not in report
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "is_less"),
+    [
+        ("mse", None, True),
+        ("squared_error", None, True),
+        ("WER", None, True),
+        ("f1", None, False),
+        ("mse", True, False),
+        ("distance", False, True),
+    ],
+)
+def test_of_errors_less_is_better(metric, said, is_less, tmp_path):
+    tasks = [
+        replace(task, metric=metric, greater_is_better=said)
+        for task in with_figures(two_tasks(), **{metric: 0.25})
+    ]
+    result = run_tasks(vit(), tasks, arguments(tmp_path, max_steps=1))
+    assert result.matrix[0, 0] == (-0.25 if is_less else 0.25)
+    assert result.matrix.lower_is_better == (
+        {task.name: metric for task in tasks} if is_less else {}
+    )
 
 
 def test_general_text_is_only_evaluated(tmp_path):

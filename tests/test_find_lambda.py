@@ -1,11 +1,12 @@
 """find_lambda: λ for a trainer by itself, which is left as it was."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from test_lambda_search import Seen, between, enough, three_tasks
 from test_tasks import arguments, same_weights, vit
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, default_data_collator
 
 from hf_ewc import EWCConfig, EWCTrainer, find_lambda
 from hf_ewc.tasks.evaluation import accuracy
@@ -109,6 +110,65 @@ def test_evaluations_around_it_see_the_same_weights(tmp_path, learnt, caplog):
     assert "other weights" in caplog.text  # the earlier evaluation is remembered beyond it
     with torch.no_grad():
         trainer.model.vit.embeddings.cls_token.sub_(1.0)
+
+
+def test_of_errors_less_is_better(tmp_path, learnt):
+    def with_an_error(predictions):
+        return {"error_rate": 1 - accuracy(predictions)["accuracy"]}
+
+    trainer = trainer_of(tmp_path, learnt)
+    trainer.compute_metrics = with_an_error
+    found = find_lambda(trainer, metric="error_rate", first=1e2, lowest=1e2)
+    assert found.curve.by_improvement
+    assert all(trial.score <= 0 for trial in found.curve.trials)
+    found = find_lambda(trainer, metric="error_rate", greater_is_better=True, first=1e2, lowest=1e2)
+    assert all(trial.score >= 0 for trial in found.curve.trials)
+
+
+class Noisy:
+    """A collator with random numbers of its own, some of them made when they are first needed."""
+
+    def __init__(self):
+        self.numpy, self.torch, self.calls = np.random.default_rng(0), None, []
+
+    def __call__(self, rows):
+        self.torch = self.torch or torch.Generator().manual_seed(0)
+        self.calls.append(len(rows))
+        batch = default_data_collator(rows)
+        noise = torch.randn(batch["pixel_values"].shape, generator=self.torch)
+        batch["pixel_values"] += noise + self.numpy.normal()
+        return batch
+
+
+class Annealed(EWCTrainer):
+    """A trainer that counts its steps, and weighs its loss by them."""
+
+    number = 0
+
+    def compute_loss(self, *args, **kwargs):
+        found = super().compute_loss(*args, **kwargs)
+        if isinstance(found, tuple):  # of an evaluation
+            return found
+        self.number += 1
+        return found * 0.9**self.number
+
+
+@pytest.mark.parametrize("kind", ["collator", "trainer"])
+def test_what_is_the_users_is_as_without_it(kind, tmp_path, learnt):
+    begin, ends = weights_of(learnt[0]), []
+    for searched in (False, True):
+        trainer = trainer_of(tmp_path, learnt)
+        if kind == "collator":
+            trainer.data_collator = Noisy()
+        else:
+            trainer.__class__ = Annealed
+        if searched:
+            find_lambda(trainer, first=1e2, lowest=1e2)
+        trainer.train()
+        ends.append(weights_of(learnt[0]))
+        learnt[0].load_state_dict(begin)
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    assert not all(torch.equal(begin[name], value) for name, value in ends[1].items())
 
 
 def test_training_after_it_is_as_without_it(tmp_path, learnt):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from hf_ewc.report import read_outcomes
@@ -188,6 +188,20 @@ def test_photos_that_lie_on_their_side_are_put_upright(tmp_path):
     assert np.asarray(_loaded(data[1]["image"], "there"))[:2].max() == 0  # upside down
 
 
+@pytest.mark.parametrize("damage", [b"\xff", b"\x00"])
+def test_photos_whose_exif_cannot_be_read_stay_as_they_lie(damage, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "on its side"
+    picture(3, (4, 6)).save(tmp_path / "1.webp", exif=exif)
+    content = (tmp_path / "1.webp").read_bytes()
+    place = content.find(b"MM\0*")
+    (tmp_path / "1.webp").write_bytes(content[:place] + damage + content[place + 1 :])
+    with pytest.raises((SyntaxError, TypeError, ValueError)):  # Pillow's own
+        ImageOps.exif_transpose(Image.open(tmp_path / "1.webp"))
+    found = _loaded({"path": str(tmp_path / "1.webp")}, "here")
+    assert found.size == (6, 4)
+
+
 def test_files_that_are_left_out_of_a_folder_are_told(tmp_path, caplog):
     (tmp_path / "cat" / "more").mkdir(parents=True)
     picture(1).save(tmp_path / "cat" / "1.png")
@@ -234,6 +248,22 @@ def of_floats(folder):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(folder / "cat" / "1.tiff")
 
 
+def too_large(folder):
+    (folder / "cat").mkdir(parents=True)
+    Image.new("1", (15_000, 15_000)).save(folder / "cat" / "1.png")
+
+
+def with_a_reader_that_fails(folder):
+    """By an error of its own kind, as that of .avif."""
+    (folder / "cat").mkdir(parents=True)
+    (folder / "cat" / "1.png").write_bytes(b"unreadable")
+    Image.register_open("UNREADABLE", failing, lambda start: start == b"unreadable")
+
+
+def failing(*_):
+    raise RuntimeError("no such codec")
+
+
 def with_an_empty_class(folder):
     (folder / "dog").mkdir(parents=True)
     (folder / "cat").mkdir()
@@ -254,6 +284,11 @@ def not_in_classes(folder):
         (not_in_classes, "{} has no images in folders; needed is one folder for each class"),
         (lambda folder: None, "{} is no folder"),
         (with_an_empty_class, "{}/dog has no images; each folder of"),
+        (
+            too_large,
+            "1.png of {} cannot be read as an image: Image size (225000000 pixels) exceeds",
+        ),
+        (with_a_reader_that_fails, "1.png of {} cannot be read as an image: no such codec"),
     ],
 )
 def test_folders_that_cannot_be_learnt_from(make, message, tmp_path):
@@ -362,6 +397,12 @@ def test_a_model_that_is_not_there(folder, capsys):
         ("{hidden_size: 3}", "the model_type among them"),
         ("{model_type: vit, hiden_size: 3}", "model_config has the unknown key 'hiden_size'; did"),
         ("{model_type: vitt}", "Unrecognized model identifier"),
+        ("{model_type: vit, hidden_size: big}", "model_config makes no model: "),
+        ("{model_type: vit, patch_size: 0}", "model_config makes no model: "),
+        (
+            "{model_type: vit, num_channels: 2}",
+            "num_channels of the model is 2; images have 1 (grey)",
+        ),
     ],
 )
 def test_models_that_cannot_be_made(given, message, folder, tmp_path, capsys):

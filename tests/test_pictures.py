@@ -2,6 +2,7 @@
 
 import struct
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import matplotlib
@@ -14,8 +15,10 @@ from hf_ewc.report.canvas import _settings, palette
 from hf_ewc.report.curves import curves
 from hf_ewc.report.heat_maps import heat_maps
 from hf_ewc.report.importance import importance
+from hf_ewc.report.lambda_search import lambda_search
 from hf_ewc.report.names import numbered, printable, shortened
 from hf_ewc.report.pictures import draw
+from hf_ewc.report.tables import search_table
 from hf_ewc.report.trade_off import trade_off
 
 FIGURES = {
@@ -225,3 +228,48 @@ def test_names_for_pictures():
     assert shortened("a\n b") == "a b"
     assert printable("\ud800a\x00") == "\ufffda\ufffd"
     assert numbered(["b", "a"]) == ["1  b", "2  a"]
+
+
+def with_searches(by_improvement):
+    """Runs with a search before the second task, over scores that have the other sign or not."""
+    sign = -1 if by_improvement else 1
+    trials = [
+        {"ewc_lambda": strength, "score": sign * score, "kept": kept, "stopped": False,
+         "steps": 4, "seconds": 1.0}
+        for strength, score, kept in ((0.0, 4.084, None), (300.0, 5.25, 0.8), (30.0, 4.125, 0.99))
+    ]  # fmt: skip
+    search = {"task": "task 1", "trials": trials, "chosen": 30.0, "by_improvement": by_improvement}
+    found = runs(2)
+    return {m: {s: replace(o, searches=[search]) for s, o in r.items()} for m, r in found.items()}
+
+
+@pytest.mark.parametrize("by_improvement", [False, True])
+def test_a_search_shows_figures_as_evaluation_gave_them(by_improvement):
+    given = with_searches(by_improvement)
+    with _settings():
+        figure = lambda_search(given)
+        figure.canvas.draw()
+        (panel,) = figure.axes
+    labels = [text.get_text() for text in (*panel.get_xticklabels(), *panel.get_xticklabels(True))]
+    assert {"1", "10", "100"} <= {*labels}
+    assert not any("$" in label or "math" in label for label in labels)
+    assert list(panel.lines[0].get_ydata()) == [4.084, 4.125, 5.25]
+    assert panel.lines[1].get_ydata() == pytest.approx(4.125)
+    assert ("less is better" in panel.get_ylabel()) == by_improvement
+    table = search_table(given)
+    assert "4.084" in table
+    assert "-4.084" not in table
+    assert ("task 1 ↓" in table) == by_improvement
+
+
+def test_numbers_of_a_logarithmic_axis_are_no_formulas():
+    given = runs(3, lower_is_better={f"task {i}": "perplexity" for i in range(3)})
+    for repeats in given.values():
+        for outcome in repeats.values():
+            outcome.matrix.scores[:] = -np.array([[50.0, 900, 4e3]] * 3)
+    with _settings():
+        figure = curves(given)
+        figure.canvas.draw()
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert figure.axes[0].get_yscale() == "log"
+    assert {"100", "1000"} <= {*labels}

@@ -302,6 +302,29 @@ def test_settings_of_a_later_task_or_method_are_looked_at_first(changes, message
     assert not [*tmp_path.glob("*/*")]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": -1.0}, "the run sets learning_rate to -1.0; needed is a number from 0"),
+        ({"learning_rate": None}, "the run sets learning_rate to None; needed is a number"),
+        ({"learning_rate": float("nan")}, "the run sets learning_rate to nan; needed is a number"),
+        ({"per_device_train_batch_size": 0}, "the run sets .*_size to 0; needed is at least 1"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "the run has an optimizer or a schedule that .*'a'"),
+        (
+            {"num_train_epochs": 0},
+            "task '2 or 3' has num_train_epochs 0 and max_steps -1, by which",
+        ),
+        ({"num_train_epochs": -1}, "task '2 or 3' has num_train_epochs -1 and max_steps -1"),
+    ],
+)
+def test_settings_of_a_run_that_could_not_be_trained(changes, message, tmp_path):
+    first, second = two_tasks()
+    first = replace(first, training_args={"max_steps": 1})
+    with pytest.raises(ValueError, match=message):
+        run_tasks(vit(), [first, second], arguments(tmp_path, **changes), CONFIG)
+    assert not [*tmp_path.glob("*")]
+
+
 def test_settings_that_are_allowed_in_a_task_stay_so(tmp_path):
     first, second = two_tasks()
     allowed = {"num_train_epochs": 0, "warmup_steps": 0.5, "lr_scheduler_type": "cosine"}
@@ -466,6 +489,40 @@ def test_other_data_and_models_are_said_when_a_run_goes_on(tmp_path, caplog):
     run_tasks(other, [with_labels_turned(first), second], args, CONFIG)
     (said,) = [m for m in caplog.messages if "was begun with others" in m]
     assert "the training data of task '0 or 1', the model's modules." in said
+    caplog.clear()
+    other = vit()
+    other.config._name_or_path = "elsewhere/vit"
+    run_tasks(other, [first, second], args, CONFIG)
+    assert not [m for m in caplog.messages if "was begun with others" in m]  # it had no name
+
+
+def test_a_model_of_another_name_and_few_other_examples_are_said(tmp_path, caplog):
+    args, models = arguments(tmp_path, max_steps=1), [vit(), vit()]
+    for model, name in zip(models, ("here/vit", "there/vit"), strict=True):
+        model.config._name_or_path = name
+    first, second = two_tasks()
+    run_tasks(models[0], [first], args, CONFIG)
+    data = list(second.eval_dataset)
+    data[5] = {**data[5], "labels": 2 + (data[5]["labels"] + 1) % 2}
+    run_tasks(models[0], [first, second], args, CONFIG)
+    run_tasks(models[1], [first, replace(second, eval_dataset=data)], args, CONFIG)
+    (said,) = [m for m in caplog.messages if "was begun with others" in m]
+    assert "the evaluation data of task '2 or 3', the model here/vit (now there/vit)." in said
+
+
+@pytest.mark.parametrize(("factor", "is_same"), [(1 + 1e-6, True), (1.01, False)])
+def test_a_state_is_the_same_up_to_rounding(factor, is_same, tmp_path):
+    """A Fisher that is estimated anew for the same call differs in its last digits."""
+    trainer = EWCTrainer(
+        vit(), arguments(tmp_path / "a"), train_dataset=examples((0, 1)), ewc_config=CONFIG
+    )
+    state = trainer.consolidate(name="before")
+    args, begun = arguments(tmp_path / "run", max_steps=1), two_tasks()[:1]
+    run_tasks(vit(), begun, args, CONFIG, ewc_state=state)
+    (record,) = state.tasks
+    object.__setattr__(record, "fisher_trace", record.fisher_trace * factor)
+    with nullcontext() if is_same else pytest.raises(ValueError, match=r"state\[0\]\[1\]: "):
+        run_tasks(vit(), two_tasks(), args, CONFIG, ewc_state=state)
 
 
 def test_data_that_are_others_each_time_are_not_told_apart(tmp_path, caplog):

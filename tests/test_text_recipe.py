@@ -15,7 +15,7 @@ from tests.recipe import run_recipe
 sys.path.insert(0, str(ROOT / "recipes"))
 import labelled_data
 import sequential_text_classification as recipe
-from labelled_data import Examples, load, rows_of_head
+from labelled_data import DataArguments, Examples, load, load_all, rows_of_head
 from text_tasks import TextTask, tokenized
 
 
@@ -323,10 +323,19 @@ def read(task):
          "'train_file'?"),
         ({"train_file": "x"}, "task 1 has no name"),
         ({"name": "a", "train_file": "x"}, "needs either train_file and eval_file, or"),
-        ({"name": "a", "dataset_name": "x", "text": ["a", "b", "c"]}, "give one or two"),
+        ({"name": "a", "dataset_name": "x", "text": ["a", "b", "c"]}, "or of two."),
         ({"name": "a", "dataset_name": "x", "text": ["a", "a"]}, "a column of its own"),
         ({"name": "a", "dataset_name": "x", "text": "label"}, "a column of its own"),
         ({"name": "a", "dataset_name": "x", "labels": [True]}, "put them in quotes"),
+        ({"name": "a", "dataset_name": "x", "labels": 3}, "has labels: 3; needed is a list."),
+        ({"name": "a", "dataset_name": "x", "labels": "red"}, "labels: 'red'; needed is a list."),
+        ({"name": "a", "dataset_name": "x", "text": 3}, "task 1 has text: 3; needed is one word or "
+         "path (a number in quotes) or a list."),
+        ({"name": "a", "dataset_name": "x", "text": [3]}, "give the name of one column, or of two"),
+        ({"name": "a", "dataset_name": "x", "label": ["b"]}, "has label: ['b']; needed is one"),
+        ({"name": "a", "train_file": ["x", "y"], "eval_file": "z"}, "has train_file: ['x', 'y']; "
+         "needed is one word or path"),
+        ({"name": "a", "dataset_name": "x", "eval_split": None}, "has eval_split: None; needed is"),
     ],
 )  # fmt: skip
 def test_entries_that_are_no_tasks(entry, message):
@@ -345,6 +354,9 @@ def test_entries_that_are_no_tasks(entry, message):
         ("weight_decay: {a: 1}", "two.yaml has weight_decay: {'a': 1}; needed is a number."),
         ("max_train_samples: 0", "max_train_samples is 0; needed is at least 1."),
         ("num_seeds: 0", "num_seeds is 0; needed is at least 1."),
+        ("seed: -1", "seed is -1; needed is a whole number from 0 to 4294967295."),
+        ("seed: 99999999999", "seed is 99999999999; needed is a whole number from 0 to"),
+        ("use_peft: 3", "two.yaml has use_peft: 3; needed is true or false."),
         ("num_seeds: 2", "num_seeds is 2, and without `methods:` there is one run."),
     ],
 )  # fmt: skip
@@ -358,3 +370,50 @@ def test_a_fault_in_the_file_is_one_line(added, message, folder, tmp_path, capsy
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def entry(folder, content, suffix, **columns):
+    (folder / f"x.{suffix}").write_bytes(content)
+    file = str(folder / f"x.{suffix}")
+    return TextTask.from_entry({"name": "t", "train_file": file, "eval_file": file, **columns}, 1)
+
+
+def test_a_task_of_one_class(tmp_path):
+    tasks = [entry(tmp_path, b"text,label\nred,a\nblue,a\n", "csv")]
+    with pytest.raises(ValueError, match="task 't' has the class 'a' alone, so that there is noth"):
+        load_all(tasks, DataArguments())
+    with pytest.raises(ValueError, match="has the class 'a' alone"):
+        load_all(tasks, DataArguments(shared_labels=True))  # of all tasks there is only that one
+    found = load_all(2 * tasks, DataArguments(shared_labels=True))
+    assert [each.labels for each in found] == [["a"], ["a"]]
+
+
+def test_words_that_look_like_dates(tmp_path):
+    rows = [{"text": "2020-01-01", "label": "2021-02-03"}, {"text": "2020-01-02", "label": "2021"}]
+    days = [{**row, "label": f"2021-02-0{k}"} for k, row in enumerate(rows, 1)]
+    for content in ("\n".join(map(json.dumps, days)), json.dumps(days), json.dumps(days, indent=1)):
+        found = load(entry(tmp_path, content.encode(), "json"), None, None)
+        assert found.labels == ["2021-02-01", "2021-02-02"]
+        assert list(found.train.column("text")) == ["2020-01-01", "2020-01-02"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_files_in_other_encodings(encoding, suffix, tmp_path):
+    rows = [{"text": "röd häst", "label": "å"}, {"text": "blå häst", "label": "ö"}]
+    content = {
+        "csv": "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows),
+        "jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "json": json.dumps(rows, ensure_ascii=False),
+    }[suffix]
+    found = load(entry(tmp_path, content.encode(encoding), suffix), None, None)
+    assert found.labels == ["å", "ö"]
+    assert list(found.train.column("text")) == ["röd häst", "blå häst"]
+
+
+def test_a_column_of_texts_may_be_named_labels(tmp_path):
+    content = b"labels,kind\nred,a\nblue,b\n"
+    task = entry(tmp_path, content, "csv", text="labels", label="kind")
+    found = load(task, None, None)
+    data = tokenized(found.train, task.columns, {"a": 4, "b": 5}, lambda words: {"words": words})
+    assert data[:] == {"labels": [4, 5], "words": ["red", "blue"]}

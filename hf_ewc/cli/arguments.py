@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml  # type: ignore[import-untyped]
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from hf_ewc.processes import is_main_process
 
@@ -53,7 +54,7 @@ def parse_arguments(
         if given and given[0].endswith((".yaml", ".yml")):
             content = read_yaml(given[0])
             check_known(content, parser.fields(), given[0])
-            preset |= content | parser.numbers(content, given[0])
+            preset |= content | parser.in_types(content, given[0])
             del given[0]
         parser.preset(preset)
         *found, unknown = parser.parse_args_into_dataclasses(
@@ -135,24 +136,25 @@ class _Parser(HfArgumentParser):
     def fields(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
 
-    def numbers(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def in_types(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Those of the values that have to be numbers, 1e3 as 1000 where it has to be whole.
 
         Argparse looks at words alone.
 
         Raises:
-            ValueError: one is none; `where` it stands.
+            ValueError: one is none, or another is no yes or no; `where` it stands.
         """
         found = {}
         for action in self._actions:
-            value = values.get(action.dest)
-            if value is None or action.type not in (int, float) or action.nargs not in (None, "?"):
+            value: Any = values.get(action.dest)
+            needed = _NEEDED.get(action.type) if action.nargs in (None, "?") else None
+            if action.dest not in values or needed is None:
                 continue
-            whole = action.type is int
-            if not _is_number(value, whole):
-                needed = "a whole number" if whole else "a number"
+            if value is None and action.default is None:
+                continue  # nothing is what it is without the file, too
+            if not _is_of(action.type, value):
                 raise ValueError(f"{where} has {action.dest}: {value!r:.60}; needed is {needed}.")
-            found[action.dest] = int(float(value)) if whole else value
+            found[action.dest] = int(float(value)) if action.type is int else value
         return found
 
     def preset(self, values: Mapping[str, Any]) -> None:
@@ -161,6 +163,23 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.dest in values:
                 action.required = False
+
+
+_NEEDED: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    string_to_bool: "true or false",
+}
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether it is a number, or true or false, also as a word, such as '3' or 'yes'."""
+    if kind is not string_to_bool:
+        return _is_number(value, whole=kind is int)
+    try:
+        return isinstance(value, (bool, str)) and isinstance(string_to_bool(value), bool)
+    except argparse.ArgumentTypeError:
+        return False
 
 
 def _is_number(value: Any, whole: bool) -> bool:

@@ -11,20 +11,25 @@ from typing import Any
 logger = logging.getLogger("hf_ewc")
 
 _SEPARATORS = (",", ";", "\t", "|")
+_START = 1024  # bytes that are looked at for how a file begins
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 
 
 def encoding_of(path: str | Path) -> str:
-    """What a text file is encoded in: what its mark says, UTF-8, or else Windows-1252.
+    """What a text file is encoded in: what its mark says, UTF-8, UTF-16, or else Windows-1252.
 
-    Of the last, which any bytes may be, a warning says so.
+    UTF-16 without a mark shows by zeros, every second byte of what the Latin script has. Of the
+    last, which any bytes may be, a warning says so.
     """
     with open(path, "rb") as file:
-        start = file.read(3)
+        start = file.read(_START)
         for mark, name in _MARKS.items():
             if start.startswith(mark):
+                return name
+        for place, name in ((0, "utf-16-be"), (1, "utf-16-le")):
+            if start[place::2].count(0) > len(start) / 4 > start[1 - place :: 2].count(0):
                 return name
         decoder = codecs.getincrementaldecoder("utf-8")()
         chunk = start

@@ -16,6 +16,8 @@ from hf_ewc.tasks.runner import run_tasks
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Task
 
+_SEEDS = 1 << 32  # of NumPy
+
 
 @dataclass
 class MethodArguments:
@@ -46,7 +48,10 @@ class MethodArguments:
                 f"num_seeds is {number}, and without `methods:` there is one run. Name what is to "
                 "be repeated, as in `methods: {EWC: {ewc_lambda: 1000}}`."
             )
-        return range(first, first + number)
+        seeds = range(first, first + number)
+        if not 0 <= first <= seeds[-1] < _SEEDS:
+            raise ValueError(f"seed is {first}; needed is a whole number from 0 to {_SEEDS - 1}.")
+        return seeds
 
 
 def checked_methods(

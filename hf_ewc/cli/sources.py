@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ import datasets
 from hf_ewc.cli.csv_cells import as_words, with_numbers
 from hf_ewc.cli.csv_dialect import encoding_of, what_helps, written
 
+_NOT_BLANK = re.compile(r"\S")
 READERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
     ".txt": "text",
@@ -47,7 +50,7 @@ def from_file(path: str, endings: Iterable[str] = READERS, **options: Any) -> da
         options = {"encoding": encoding_of(path), **options}
     try:
         with _unsaid():
-            found = _from_csv(path, options) if reader == "csv" else _read(path, reader, options)
+            found = _READ.get(reader, _read)(path, reader, options)
     except Exception as error:  # whatever its reader raises
         if "corresponds to no data" in str(error):
             raise ValueError(f"{path} has no examples.") from error
@@ -64,10 +67,37 @@ def _read(path: str, reader: str, options: Mapping[str, Any]) -> datasets.Datase
     return datasets.load_dataset(reader, data_files=glob.escape(path), split="train", **options)
 
 
-def _from_csv(path: str, options: Mapping[str, Any]) -> datasets.Dataset:
+def _from_csv(path: str, reader: str, options: Mapping[str, Any]) -> datasets.Dataset:
     """As words, of which whole columns are made numbers."""
     options = {**written(path), **options}
-    return with_numbers(_read(path, "csv", {**options, "features": as_words(path, options)}))
+    return with_numbers(_read(path, reader, {**options, "features": as_words(path, options)}))
+
+
+def _from_json(path: str, reader: str, options: Mapping[str, Any]) -> datasets.Dataset:
+    """As it is written: the reader knows UTF-8 alone, and makes times of what looks like dates."""
+    encoding = encoding_of(path)
+    if encoding == "utf-8":
+        data = _read(path, reader, options)
+        if not any(map(_is_time, data.features.values())):
+            return data
+    rows = [*_objects(Path(path).read_text(encoding=encoding))]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def _objects(content: str) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON file: of a list, or one behind the other."""
+    decoder, place = json.JSONDecoder(), 0
+    while begin := _NOT_BLANK.search(content, place):
+        found, place = decoder.raw_decode(content, begin.start())
+        yield from found if isinstance(found, list) else [found]
+
+
+def _is_time(kind: Any) -> bool:
+    return isinstance(kind, datasets.Value) and kind.dtype.startswith(("timestamp", "date", "time"))
+
+
+_READ = {"csv": _from_csv, "json": _from_json}
 
 
 @contextlib.contextmanager

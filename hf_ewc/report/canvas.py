@@ -7,12 +7,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 DPI = 120
 MOST_PANELS = 12
@@ -87,6 +88,14 @@ def panels(
     for panel in found[count:]:
         panel.set_axis_off()
     return figure, found[:count]
+
+
+def logarithmic(panel: Any, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, its numbers as they are written: others would be formulas."""
+    getattr(panel, f"set_{which}scale")("log")
+    axis = getattr(panel, f"{which}axis")
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
 def text_width(names: Sequence[str], size: float = 9.0) -> float:

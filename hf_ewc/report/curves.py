@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hf_ewc.metrics import Array
 from hf_ewc.report.axes import name_columns, shown_names
-from hf_ewc.report.canvas import line, marker, palette, panels, text_width
+from hf_ewc.report.canvas import line, logarithmic, marker, palette, panels, text_width
 from hf_ewc.report.figures import Figures, figures, first_matrix
 from hf_ewc.report.names import in_legend, shortened
 from hf_ewc.report.outcome import Runs
@@ -77,7 +77,7 @@ def _set_limits(panel: Any, found: Figures) -> None:
     if (low, high) == (0.0, 1.0) and known.size:  # accuracies: to full tenths
         low = min(0.9, np.floor(10 * known.min()) / 10)
     if found.is_logarithmic:
-        panel.set_yscale("log")
+        logarithmic(panel, "y")
         panel.set_ylim(low / 1.2, high * 1.2)
         return
     margin = 0.04 * (high - low)

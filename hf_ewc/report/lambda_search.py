@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hf_ewc.report.canvas import marker, palette, panels, text_width
+from hf_ewc.report.canvas import logarithmic, marker, palette, panels, text_width
 from hf_ewc.report.names import in_legend, shortened
-from hf_ewc.report.outcome import Runs
+from hf_ewc.report.outcome import Runs, figure_of
 
 _PLAIN = 0.1  # where plain training stands on the logarithmic axis, below every λ
 
@@ -24,10 +24,11 @@ def lambda_search(runs: Runs) -> Figure:
     for panel, (method, searches) in zip(axes, found.items(), strict=True):
         for index, search in enumerate(searches):
             _draw(panel, search, index, palette(len(searches))[index])
-        panel.set_xscale("log")
+        logarithmic(panel, "x")
         panel.set_title(shortened(method))
         panel.set_xlabel("λ (plain training on the left)")
-        panel.set_ylabel("score on held-out examples")
+        less = " (less is better)" if all(s.get("by_improvement") for s in searches) else ""
+        panel.set_ylabel(f"score on held-out examples{less}")
         panel.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=9, title="before task")
@@ -41,7 +42,7 @@ def _first(repeats: Mapping[int, Any]) -> list[Mapping[str, Any]]:
 def _draw(panel: Any, search: Mapping[str, Any], index: int, colour: Any) -> None:
     trials = sorted(search["trials"], key=lambda trial: float(trial["ewc_lambda"]))
     points = [
-        (trial["ewc_lambda"] or _PLAIN, trial["score"])
+        (trial["ewc_lambda"] or _PLAIN, figure_of(trial, search))
         for trial in trials
         if trial["score"] is not None
     ]

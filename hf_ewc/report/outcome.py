@@ -110,5 +110,11 @@ def _by_seed(repeats: Any) -> dict[int, Outcome]:
     return {int(seed): one if isinstance(one, Outcome) else Outcome(one) for seed, one in pairs}
 
 
+def figure_of(trial: Mapping[str, Any], search: Mapping[str, Any]) -> float | None:
+    """What a trial of a search for λ scored, as evaluation gave it: a loss above 0."""
+    score: float | None = trial["score"]
+    return -score if search.get("by_improvement") and score is not None else score
+
+
 def matrices(repeats: Mapping[int, Outcome]) -> list[AccuracyMatrix]:
     return [outcome.matrix for outcome in repeats.values()]

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.report.names import in_markdown
-from hf_ewc.report.outcome import Given, Runs, as_runs, matrices
+from hf_ewc.report.outcome import Given, Runs, as_runs, figure_of, matrices
 from hf_ewc.report.statistics import (
     LABELS,
     Estimate,
@@ -58,8 +58,8 @@ def search_table(runs: Given) -> str:
     """How λ was found: a row for each trial; empty where it was not looked for."""
     rows = [
         [
-            in_markdown(method), str(seed), in_markdown(search["task"]), f"{trial['ewc_lambda']:g}",
-            "stopped half-way" if trial["stopped"] else _shown(trial["score"]),
+            in_markdown(method), str(seed), _searched(search), f"{trial['ewc_lambda']:g}",
+            "stopped half-way" if trial["stopped"] else _shown(figure_of(trial, search)),
             "" if trial["kept"] is None else f"{100 * trial['kept']:.0f} %",
             str(trial["steps"]), f"{trial['seconds']:.1f}",
             _use(trial, search),
@@ -71,6 +71,11 @@ def search_table(runs: Given) -> str:
     ]  # fmt: skip
     header = ["method", "seed", "before task", "λ", "score", "kept", "steps", "seconds", ""]
     return table(header, rows) if rows else ""
+
+
+def _searched(search: Mapping[str, Any]) -> str:
+    arrow = " ↓" if search.get("by_improvement") else ""
+    return in_markdown(search["task"]) + arrow
 
 
 def _use(trial: Mapping[str, Any], search: Mapping[str, Any]) -> str:

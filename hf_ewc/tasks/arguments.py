@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
@@ -18,6 +19,7 @@ _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
     "gradient_accumulation_steps",
 )
+_LENGTHS = ("num_train_epochs", "max_steps")
 # What belongs to the run as a whole.
 _OF_THE_RUN = (
     *("output_dir", "seed", "data_seed", "use_cpu", "fsdp", "fsdp_config", "deepspeed"),
@@ -70,11 +72,31 @@ def _check_numbers(given: Mapping[str, Any], args: TrainingArguments, owner: str
             raise ValueError(f"{owner} sets {name} to {value!r}; needed is {wanted}.")
         if name in _AT_LEAST_ONE and value < 1:
             raise ValueError(f"{owner} sets {name} to {value!r}; needed is at least 1.")
+        if name == "learning_rate" and not 0 <= float(value) < math.inf:
+            raise ValueError(f"{owner} sets {name} to {value!r}; needed is a number from 0 on.")
     if given.get("num_train_epochs", 1) <= 0 and given.get("max_steps", args.max_steps) <= 0:
         raise ValueError(
             f"{owner} sets num_train_epochs to {given['num_train_epochs']!r}, by which it would be "
             "trained for no step; needed is more than 0."
         )
+
+
+def check_run(args: TrainingArguments, tasks: Sequence[Task], trainer_class: type[Any]) -> None:
+    """Refuse settings of a run with which a task could not be trained: a `ValueError`."""
+    of_run = {name: getattr(args, name) for name in (*_AT_LEAST_ONE, "learning_rate")}
+    _check_numbers(of_run, args, "the run")
+    schedules = getattr(trainer_class, "create_scheduler", None)
+    if args.lr_scheduler_kwargs and schedules is Trainer.create_scheduler:
+        _check_optimizer(args, {"lr_scheduler_kwargs": args.lr_scheduler_kwargs}, "the run")
+    for task in tasks:
+        own = own_arguments(task, args)
+        lengths = {name: own.get(name, getattr(args, name)) for name in _LENGTHS}
+        if all(length <= 0 for length in lengths.values()):
+            found = " and ".join(f"{name} {length:g}" for name, length in lengths.items())
+            raise ValueError(
+                f"task {task.name!r} has {found}, by which it would be trained for no step; needed "
+                "is more than 0 of one."
+            )
 
 
 def _check_optimizer(args: TrainingArguments, given: Mapping[str, Any], owner: str) -> None:

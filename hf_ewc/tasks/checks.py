@@ -10,13 +10,13 @@ from transformers import TrainingArguments
 from hf_ewc.config import EWCConfig
 from hf_ewc.config.checked import number
 from hf_ewc.fisher.examples.kinds import check_kind, check_label_numbers
-from hf_ewc.tasks.arguments import own_arguments
+from hf_ewc.tasks.arguments import check_run
 from hf_ewc.tasks.heads import heads_of, key_of
 from hf_ewc.tasks.named_metrics import NamedMetrics
 from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.scenario import SCENARIOS, labels_in_rows_of, labels_of
 from hf_ewc.tasks.sequence_config import SequenceConfig
-from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
+from hf_ewc.tasks.task import Metrics, Task
 from hf_ewc.tasks.training_data import holds_out
 from hf_ewc.training.held_out import FEWEST, has_rows
 
@@ -43,6 +43,10 @@ def check_names(tasks: Sequence[Task]) -> None:
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"tasks are {names}; each needs a name of its own.")
+
+
+# What evaluation has of itself.
+WITHOUT_METRICS = ("accuracy", "loss", "perplexity")
 
 
 def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) -> None:
@@ -180,8 +184,8 @@ def check_sequence(
         ValueError, TypeError: with what is missing.
     """
     heads_of(tasks)
+    check_run(args, tasks, trainer_class)
     for task in tasks:
-        own_arguments(task, args)
         if task.head is not None and task.classes is not None:
             raise ValueError(
                 f"task {task.name!r} has classes and a head; give it classes on the shared head, "
@@ -238,7 +242,7 @@ def check_score(
             "eval_do_concat_batches is False, which leaves outputs in batches for compute_metrics; "
             "give that as a function which takes them, or leave the setting out."
         )
-    if compute_metrics is None and task.metric not in ("accuracy", *LOWER_IS_BETTER):
+    if compute_metrics is None and task.metric not in WITHOUT_METRICS:
         raise ValueError(
             f"task {task.name!r} is scored by {task.metric!r}; without compute_metrics there are "
             "'accuracy' and 'loss' ('perplexity' for language models)."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_ewc.fisher.untouched import preserved_random_states
 from hf_ewc.training.held_out import has_rows
 
-_EXAMPLES = 4
+_EXAMPLES = 64
 _LETTERS = 12
 
 

@@ -26,11 +26,12 @@ from hf_ewc.tasks.protection import Protection
 from hf_ewc.tasks.record import Record
 from hf_ewc.tasks.same_run import length
 from hf_ewc.tasks.scenario import commonest_share
-from hf_ewc.tasks.task import LOWER_IS_BETTER, Task, score_of
+from hf_ewc.tasks.task import Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.training_data import TrainingData, without
 from hf_ewc.training.held_out import held_out_rows, number_of_labels, rows_of
 from hf_ewc.training.lambda_curve import LambdaCurve, Trial
+from hf_ewc.training.repeatable import as_before
 from hf_ewc.training.short_training import for_a_share
 
 logger = logging.getLogger("hf_ewc")
@@ -83,7 +84,8 @@ class LambdaSearch:
             return  # nothing to hold on to yet
         curve = self._begun(index)
         if curve.chosen is None:
-            with preserved_random_states():
+            collator = self._plan.tasks[index].data_collator or self._training.collator
+            with as_before(collator, but_for=model):
                 curve = self._searched(curve, index, model, data)
             if is_main():
                 logger.warning("%s", curve.in_words())
@@ -116,7 +118,7 @@ class LambdaSearch:
             name,
             first=self._protection.told_lambda(index),
             give_up=config.ewc_give_up if config is not None else 0.0,
-            by_improvement=self._plan.tasks[index].metric in LOWER_IS_BETTER,
+            by_improvement=self._plan.tasks[index].lower_is_better,
             left=self._steps_left(index, earlier),
         )
 

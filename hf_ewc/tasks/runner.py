@@ -31,7 +31,7 @@ from hf_ewc.tasks.publishing import Repository
 from hf_ewc.tasks.results import TaskResults
 from hf_ewc.tasks.scenario import CLASS_INCREMENTAL, guess_scenario
 from hf_ewc.tasks.sequence_config import SequenceConfig
-from hf_ewc.tasks.task import LOWER_IS_BETTER, Metrics, Task
+from hf_ewc.tasks.task import Metrics, Task
 from hf_ewc.tasks.task_run import TaskRun
 from hf_ewc.tasks.trainer_arguments import check_trainer_arguments
 from hf_ewc.training.trainer import EWCTrainer
@@ -131,9 +131,7 @@ def run_tasks(
         [task.name for task in tasks],
         joint=joint,
         lower_is_better={
-            task.name: task.metric
-            for task in (*tasks, *evaluate_also)
-            if task.metric in LOWER_IS_BETTER
+            task.name: task.metric for task in (*tasks, *evaluate_also) if task.lower_is_better
         },
         others={task.name: None for task in evaluate_also},
     )

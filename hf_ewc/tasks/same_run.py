@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,11 @@ RECORDED = (
     "max_grad_norm",
     "bf16",
     "fp16",
+    "train_sampling_strategy",
+    "average_tokens_across_devices",
+    "optim_target_modules",
 )
+_ROUNDING = 1e-3
 
 # A run that stopped at the gate may go on with another; what is measured beside changes nothing.
 FREE = (*OF_THE_GATE, "kl_examples")
@@ -84,7 +89,8 @@ def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
     """What may be another without being refused, but not without a word."""
     return {
         "model": of_model(model),
-        "data": {
+        "name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "examples": {
             task.name: [of_data(task.train_dataset), of_data(task.eval_dataset)]
             for task in (*plan.tasks, *plan.evaluate_also)
         },
@@ -134,7 +140,8 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
     if isinstance(found.get("args"), Mapping):
         found["args"] = wanted["args"] | dict(found["args"])
-    if "state" not in found:  # of a run that did not record it yet
+    # Not recorded by earlier versions; of the same state when its last digits alone are others.
+    if "state" not in found or _is_same_state(found["state"], wanted.get("state")):
         found["state"] = wanted.get("state")
     _warn_of_other_looks(path, found.pop("looks", {}), wanted.get("looks", {}))
     wanted = {name: value for name, value in wanted.items() if name != "looks"}
@@ -150,13 +157,31 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         )
 
 
+def _is_same_state(found: Any, wanted: Any) -> bool:
+    """Whether the tasks have the same names and, up to rounding, traces of the Fisher.
+
+    One that is estimated anew has other last digits on another number of processes, or a GPU.
+    """
+    try:
+        pairs = [*zip(found, wanted, strict=True)]
+        return all(a[0] == b[0] and _is_close(a[1], b[1]) for a, b in pairs)
+    except (TypeError, ValueError, IndexError):
+        return False
+
+
+def _is_close(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=_ROUNDING)
+
+
 def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     """Say what differs although its name and size are the same: another order, other contents."""
     found = found if isinstance(found, Mapping) else {}
-    before = found.get("data") or {}
+    before = found.get("examples") or {}
     others = [
         f"the {kind} data of task {name!r}"
-        for name, looks in wanted.get("data", {}).items()
+        for name, looks in wanted.get("examples", {}).items()
         for kind, was, is_now in zip(
             ("training", "evaluation"), before.get(name, looks), looks, strict=False
         )
@@ -164,6 +189,8 @@ def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> N
     ]
     now = wanted.get("model")
     others += ["the model's modules"] * (found.get("model", now) != now)
+    was, name = found.get("name"), wanted.get("name")
+    others += [f"the model {was} (now {name})"] * (None not in (was, name) and was != name)
     if others:
         logger.warning(
             "%s was begun with others than these: %s. What was learnt and scored before stays as "

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction
 
+from hf_ewc.metrics.direction import less_is_better
+
 Metrics = Callable[[EvalPrediction], dict[str, float]]
 # What evaluation gave, by name; None where that was no finite number.
 Figures = dict[str, float | None]
-LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Task:
         data_collator: instead of the runner's.
         compute_metrics: instead of the runner's: a function, or a name or names that
             `evaluate.load` knows, whose figures come beside the accuracy.
-        metric: which entry of the metrics is the score; more is better, but for "loss" and
-            "perplexity" (of a language model, per token), which are taken with the other sign.
+        metric: which entry of the metrics is the score, such as "accuracy", "loss", "perplexity"
+            (of a language model, per token).
         head: a head of the task's own over the shared backbone: a number of labels, or a
             `hf_ewc.tasks.Head` (or its arguments in a dict), with another problem type or the head
             of another model class. Without it the task has the head that the model came with.
@@ -40,6 +41,9 @@ class Task:
             `{"num_train_epochs": 5, "learning_rate": 1e-4}`.
         weight: of the task in the sum of penalties.
         fisher_dataset: what the Fisher is estimated on; by default the training data.
+        greater_is_better: whether more of the metric is better; by default that is so, but for
+            losses and errors by their names ("loss", "perplexity", "mse", "wer", …). Where less is
+            better the score is taken with the other sign.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Task:
     training_args: Mapping[str, Any] | None = None
     weight: float = 1.0
     fisher_dataset: Any = None
+    greater_is_better: bool | None = None
 
     def __post_init__(self) -> None:
         classes: Any = self.classes
@@ -66,6 +71,11 @@ class Task:
                 f"the classes of task {self.name!r} are {classes!r:.60}; needed is a list of the "
                 "numbers of its labels, such as [0, 1]."
             )
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the score is the metric with the other sign."""
+        return less_is_better(self.metric, self.greater_is_better)
 
 
 def _is_label(value: object) -> bool:
@@ -84,4 +94,4 @@ def score_of(task: Task, metrics: Mapping[str, float | None]) -> float | None:
             f"{sorted(metrics)}. Set the task's metric to one of these, or its compute_metrics."
         )
     score = metrics[task.metric]
-    return -score if score is not None and task.metric in LOWER_IS_BETTER else score
+    return -score if score is not None and task.lower_is_better else score

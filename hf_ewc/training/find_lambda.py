@@ -18,6 +18,7 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 
 from hf_ewc.config.checked import number
 from hf_ewc.fisher.untouched import preserved_random_states
+from hf_ewc.metrics.direction import less_is_better
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.training.evaluating import all_of_its_own_data
 from hf_ewc.training.final_weights import WeightsInUse
@@ -30,6 +31,7 @@ from hf_ewc.training.held_out import (
 )
 from hf_ewc.training.lambda_curve import GIVE_UP, LOWEST, LambdaCurve, Trial, following
 from hf_ewc.training.prepared import let_it_be_wrapped
+from hf_ewc.training.repeatable import as_before, same_random_numbers
 from hf_ewc.training.short_training import for_a_share
 from hf_ewc.training.trainer import EWCMixin
 
@@ -56,6 +58,7 @@ def find_lambda(
     trainer: Any,
     *,
     metric: str = "loss",
+    greater_is_better: bool | None = None,
     give_up: float = GIVE_UP,
     first: float | None = None,
     lowest: float = LOWEST,
@@ -75,8 +78,9 @@ def find_lambda(
 
     Args:
         trainer: as it will be trained: with `ewc_state=`, and data that can be counted.
-        metric: what `trainer.evaluate` returns as `eval_<metric>`; of "loss" less is better, of all
-            else more.
+        metric: what `trainer.evaluate` returns as `eval_<metric>`.
+        greater_is_better: whether more of it is better; by default that is so, but for losses and
+            errors by their names ("loss", "mse", "wer", …).
         give_up: at most this share of what plain training would reach on the new task.
         first: the largest λ that is tried; by default what the state tells (`told_lambda`).
         lowest: the smallest.
@@ -94,13 +98,14 @@ def find_lambda(
     lowest = number("lowest", lowest, low=0.0, open_low=True)
     give_up, alpha = number("give_up", give_up, low=0.0, high=1.0), number("alpha", alpha, low=0.0)
     _check_sets(old_validation)
-    with _as_it_was(trainer) as trial:
+    lower = less_is_better(metric, greater_is_better)
+    with _as_it_was(trainer, lower) as trial:
         curve = LambdaCurve(
             "the trainer's",
             first,
             give_up,
             trial.score(metric),
-            by_improvement=metric == "loss",
+            by_improvement=lower,
             lowest=lowest,
             labels=trial.labels if metric == "accuracy" else 0,
         )
@@ -132,10 +137,15 @@ def find_lambda(
 
 
 class _Trials:
-    """Short trainings of one trainer, each from the weights that it has now."""
+    """Short trainings of one trainer, each from the weights that it has now.
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    Args:
+        trainer: whose they are.
+        lower: whether less of what scores them is better.
+    """
+
+    def __init__(self, trainer: Any, lower: bool) -> None:
+        self._trainer, self._lower = trainer, lower
         data = trainer.train_dataset
         rows = held_out_rows(len(data), trainer.args.seed)
         self._held_out = rows_of(data, rows)
@@ -167,7 +177,7 @@ class _Trials:
         figure = self._figure(metric, self._held_out)
         if not math.isfinite(figure):
             return None
-        return -figure if metric == "loss" else figure
+        return -figure if self._lower else figure
 
     def loss_on(self, sets: Sequence[Any]) -> float:
         return sum(self._figure("loss", data) for data in sets) / len(sets)
@@ -194,13 +204,12 @@ class _Trials:
 
 
 @contextmanager
-def _as_it_was(trainer: Any) -> Iterator[_Trials]:
+def _as_it_was(trainer: Any, lower: bool) -> Iterator[_Trials]:
     """Trials with the trainer, which is as before at the end, whatever ends them."""
-    kept = ("args", "train_dataset", "ewc_config", "state", "control", "callback_handler")
-    values = {name: getattr(trainer, name) for name in (*kept, "_ewc_weights_in_use")}
     state, training = trainer.ewc_state, trainer.model.training
-    trials = _Trials(trainer)
-    with preserved_random_states():
+    trials = _Trials(trainer, lower)
+    generators = same_random_numbers([trainer.train_dataset])
+    with generators, as_before(trainer, trainer.data_collator, but_for=trainer.model):
         trainer.state, trainer.control = TrainerState(), TrainerControl()
         trainer.callback_handler = _without_the_users(trainer)
         trainer._ewc_weights_in_use = WeightsInUse()
@@ -208,8 +217,6 @@ def _as_it_was(trainer: Any) -> Iterator[_Trials]:
             yield trials
         finally:
             trials.put_back()
-            for name, value in values.items():
-                setattr(trainer, name, value)
             trainer.ewc_state = state
             trainer.model.train(training)
 

@@ -49,6 +49,24 @@ def evaluated_as_if_not_run(trainer: Any, model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def as_before(*owners: Any, but_for: nn.Module) -> Iterator[None]:
+    """What a trainer and its collator keep is as before at the end, and what is random.
+
+    Such as counters and averages of a trainer, and a collator's own generator.
+
+    Args:
+        owners: whose attributes are put back, as far as they have any.
+        but_for: the model, which is not looked into.
+    """
+    kept = [owner for owner in owners if hasattr(owner, "__dict__")]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(same_random_numbers(kept))
+        for owner in kept:
+            stack.enter_context(same_attributes(owner, but_for))
+        yield
+
+
+@contextlib.contextmanager
 def same_attributes(owner: Any, but_for: nn.Module) -> Iterator[None]:
     """What `owner` keeps has its values again at the end: numbers, tensors, modules, containers.
 
@@ -96,7 +114,8 @@ def same_random_numbers(owners: Iterable[object]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(preserved_random_states())
-        for value in (value for owner in owners for value in vars(owner).values()):
+        held = (getattr(owner, "__dict__", {}) for owner in owners)
+        for value in (value for attributes in held for value in attributes.values()):
             if isinstance(value, torch.Generator):
                 stack.callback(value.set_state, value.get_state())
             elif isinstance(value, np.random.Generator):
