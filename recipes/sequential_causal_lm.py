@@ -13,6 +13,8 @@ EWCConfig and SequenceConfig may stand in the file, or be given behind it; start
 kill, it goes on where it was.
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_ewc import EWCConfig, EWCMixin, EWCState, EWCTrainer, SequenceConfig, Task
 from hf_ewc.cli.arguments import one_line_errors, parse_arguments
@@ -105,11 +108,13 @@ def main() -> None:
         model.config.use_cache = False
         return with_lora(model, own, "CAUSAL_LM")
 
+    def known(ewc: EWCConfig) -> EWCState:
+        return pretraining(make_model(), own, args, ewc, tokenizer, general)
+
     with one_line_errors(only_own=True):
-        state = pretraining(make_model(), own, args, ewc, tokenizer, general) if general else None
-    own.methods = with_pretraining(own.methods, state)
-    if not own.methods:
-        options["ewc_state"] = state
+        own.methods = with_pretraining(own.methods, known if general else None)
+        if general and not own.methods:
+            options["ewc_state"] = known(of_the_pretraining(ewc))
     options |= dict(sequence_config=sequence, evaluate_also=others)
     learn(make_model, tasks, args, ewc, own, **options)
     leave()
@@ -143,26 +148,42 @@ def pretraining(
     general: Any,
 ) -> EWCState:
     """What the model knows of general texts, as the state that protects it."""
+    args = copy.copy(args)
+    args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     trainer = EWCTrainer(
         model=model,
         args=args,
         train_dataset=general,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        # λ plays no part here, and may be "auto".
-        ewc_config=replace(ewc, ewc_lambda=1.0, ewc_layer_lambdas=None),
+        ewc_config=ewc,
     )
     return trainer.consolidate(name=own.protect.name)
 
 
+def of_the_pretraining(ewc: EWCConfig) -> EWCConfig:
+    """What of the settings counts there: not λ, which may be "auto", and nothing is held out."""
+    return replace(ewc, ewc_lambda=1.0, ewc_layer_lambdas=None, fisher_data="train")
+
+
 def with_pretraining(
-    methods: dict[str, dict[str, Any]], state: EWCState | None
+    methods: dict[str, dict[str, Any]], known: Callable[[EWCConfig], EWCState] | None
 ) -> dict[str, dict[str, Any]]:
-    """The methods; those with EWC begin with the state, unless they say `protect: false`."""
-    found = {}
+    """The methods; those with EWC begin with the pretraining, unless they say `protect: false`.
+
+    Args:
+        methods: as they were checked.
+        known: what the model knows, by settings of EWC; called once for all methods with the same.
+    """
+    found, states = {}, {}
     for name, settings in methods.items():
         own = {key: value for key, value in settings.items() if key != "protect"}
-        protects = state is not None and "ewc_config" in own and settings.get("protect", True)
-        found[name] = {**own, "ewc_state": state} if protects else own
+        if known and "ewc_config" in own and settings.get("protect", True):
+            differing = {f.name: own[f.name] for f in fields(EWCConfig) if f.name in own}
+            ewc = of_the_pretraining(replace(own["ewc_config"], **differing))
+            if str(ewc) not in states:
+                states[str(ewc)] = known(ewc)
+            own["ewc_state"] = states[str(ewc)]
+        found[name] = own
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from transformers import (
 
 from hf_ewc import AccuracyMatrix, EWCState, Fisher, estimate_fisher
 from hf_ewc.cli import main
+from hf_ewc.cli.data import _label
 from hf_ewc.cli.fisher_command import FISHER_TYPES
 from hf_ewc.importance import FISHER_TYPES as KNOWN
 from hf_ewc.report import read_outcomes, write_report
@@ -189,6 +191,25 @@ def test_the_end_of_a_text_counts_where_it_is_what_pads(tmp_path):
         squares += gradient**2
     found = EWCState.from_pretrained(tmp_path / "state").importance["transformer.ln_f.weight"]
     torch.testing.assert_close(found, squares / labels, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "row"),
+    [
+        (["a: no", "a: yes", "b: maybe"], " yes ", 1),
+        (["a: no", "a: yes", "yes"], "yes", 2),
+        (["a: no", "b: no", "b: yes"], "no", None),
+        (["a: no", "a: yes"], "maybe", None),
+    ],
+)
+def test_labels_of_one_of_a_recipes_tasks(names, label, row):
+    model = bert(num_labels=len(names))
+    model.config.label2id = {name: k for k, name in enumerate(names)}
+    if row is not None:
+        assert _label(label, model) == row
+        return
+    with pytest.raises(ValueError, match=re.escape(f"a label is {label!r}; the model has {names}")):
+        _label(label, model)
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["by name", "by number"])

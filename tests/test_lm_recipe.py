@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_ewc import EWCConfig
 from hf_ewc.report import read_outcomes
 from tests.processes import ROOT
 from tests.recipe import run_recipe
@@ -68,7 +69,8 @@ methods: {{plain: {{}}, EWC: {{fisher_samples: 4}}, tasks: {{fisher_samples: 4, 
 
 
 def test_pretraining_protected_in_two_processes(folder, tmp_path):
-    code, output = run_recipe(NAME, folder / "texts.yaml", "--output_dir", tmp_path, processes=2)
+    options = ["--output_dir", tmp_path, "--eval_strategy", "epoch", "--fisher_data", "held_out"]
+    code, output = run_recipe(NAME, folder / "texts.yaml", *options, processes=2)
     assert code == 0, output[-6000:]
     runs, _ = read_outcomes(tmp_path / "results.json")
     assert [*runs] == ["plain", "EWC", "tasks"]
@@ -82,8 +84,34 @@ def test_pretraining_protected_in_two_processes(folder, tmp_path):
     }
     learnt = {name: [task["name"] for task in state["tasks"]] for name, state in states.items()}
     assert learnt == {"EWC": ["general", "a", "b"], "tasks": ["a", "b"]}
+    assert states["EWC"]["tasks"][0]["num_examples"] == 4  # as the method says
     assert output.count("Written to") == 1
     assert "| general ↓ |" in output
+
+
+def test_the_pretraining_is_known_by_each_methods_own_settings():
+    asked, ewc = [], EWCConfig(fisher_samples=7, ewc_lambda="auto", fisher_data="held_out")
+
+    def known(config):
+        asked.append(config)
+        return f"state {len(asked)}"
+
+    methods = {
+        "plain": {"max_steps": 3},
+        "a": {"ewc_config": ewc, "ewc_lambda": 3.0},
+        "b": {"ewc_config": ewc, "ewc_exclude_modules": ["lm_head"], "protect": True},
+        "c": {"ewc_config": ewc, "ewc_lambda": 4.0},
+        "d": {"ewc_config": ewc, "protect": False},
+    }
+    found = recipe.with_pretraining(methods, known)
+    assert {name: own.get("ewc_state") for name, own in found.items()} == {
+        "plain": None, "a": "state 1", "b": "state 2", "c": "state 1", "d": None,
+    }  # fmt: skip
+    assert not any("protect" in own for own in found.values())
+    assert [c.ewc_exclude_modules for c in asked] == [None, ["lm_head"]]
+    assert {(c.fisher_samples, c.fisher_data, c.ewc_lambda) for c in asked} == {(7, "train", 1.0)}
+    without = recipe.with_pretraining(methods, None)
+    assert not any("ewc_state" in own or "protect" in own for own in without.values())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -140,11 +140,21 @@ def _names(data: Any, label: str, model: Any) -> list[str]:
     """Of the classes of a column by number, where the model knows them by name; else none."""
     found: list[str] = getattr(data.features[label], "names", None) or []
     known = model.config.label2id or {}
-    return found if any(name in known for name in found) else []
+    return found if any(_row(name, known) is not None for name in found) else []
 
 
 def _named(value: Any, names: list[str]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _row(name: str, known: Mapping[str, int]) -> int | None:
+    """The row of the head of that name, or of "task: name", which the recipes give to each task's.
+
+    None where there is no such row, or several.
+    """
+    rows = [known[name]] if name in known else []
+    rows = rows or [row for full, row in known.items() if full.endswith(f": {name}")]
+    return int(rows[0]) if len(rows) == 1 else None
 
 
 def _label(value: Any, model: Any) -> int | float:
@@ -157,8 +167,8 @@ def _label(value: Any, model: Any) -> int | float:
     known = model.config.label2id or {}
     if isinstance(value, str):
         value = value.strip()
-        if value in known:
-            return int(known[value])
+        if (row := _row(value, known)) is not None:
+            return row
         raise ValueError(f"a label is {value!r}; the model has {[*known]}.")
     if model.config.num_labels == 1:
         return float(value)
