@@ -92,7 +92,10 @@ def _of_folder(folder: str) -> Dataset:
         raise ValueError(f"{folder} is no folder (seen from {Path.cwd()}).")
     classes = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not _is_hidden(p))
     found = [(str(path), k) for k, each in enumerate(classes) for path in _images_below(each)]
-    _tell_left_out([path for each in classes for path in _left_out(each)], folder)
+    beside = [p for p in sorted(Path(folder).iterdir()) if p.is_file() and not _is_hidden(p)]
+    left_out = [path for each in classes for path in _left_out(each)]
+    _tell_left_out(left_out, folder, "that are no images by their endings")
+    _tell_left_out([path for path in beside if _may_be_image(path)], folder, "in no class's folder")
     if not found:
         raise ValueError(
             f"{folder} has no images in folders; needed is one folder for each class, named after "
@@ -129,16 +132,12 @@ def _may_be_image(path: Path) -> bool:
     return path.suffix.lower() in Image.registered_extensions()
 
 
-def _tell_left_out(paths: list[Path], folder: str) -> None:
-    """Of kinds that Pillow does not know, such as a phone's .heic."""
+def _tell_left_out(paths: list[Path], folder: str, why: str) -> None:
+    """Such as a phone's .heic, which Pillow does not know, or images beside the folders."""
     if paths:
         kinds = ", ".join(sorted({path.suffix.lower() or path.name for path in paths})[:5])
         logger.warning(
-            "Left out %d files of %s that are no images by their endings (%s), such as %s.",
-            len(paths),
-            folder,
-            kinds,
-            paths[0],
+            "Left out %d files of %s %s (%s), such as %s.", len(paths), folder, why, kinds, paths[0]
         )
 
 

@@ -51,7 +51,8 @@ class LabelledTask(Source):
 
     def check(self) -> None:
         """Refuse what cannot be meant: a `ValueError` with what is needed."""
-        if bool(self.dataset_name) == bool(self.train_file and self.eval_file):
+        of_hub, of_files = bool(self.dataset_name), bool(self.train_file and self.eval_file)
+        if of_hub == of_files or (of_hub and (self.train_file or self.eval_file)):
             raise ValueError(
                 f"task {self.name!r} needs either train_file and eval_file, or dataset_name."
             )

@@ -71,6 +71,12 @@ def parsed(arguments: list[str] | None = None) -> tuple[Any, ...]:
     with one_line_errors():
         own.tasks, own.protect, own.evaluate_also = domains_of(own)
         own.methods = checked_methods(own.methods, ewc, further=["protect"])
+        for name, settings in own.methods.items():
+            if not isinstance(settings.get("protect", True), bool):
+                raise ValueError(
+                    f"method {name!r} has protect: {settings['protect']!r:.60}; needed is true or "
+                    "false. Which texts are protected stands outside of `methods:`."
+                )
         own.seeds(args.seed)
         if own.protect and own.use_peft and ewc.ewc_space != "weight":
             raise ValueError(

@@ -56,7 +56,8 @@ class Domain(Source):
         """
         domain: Domain = cls.of_entry(entry, where, given)
         files = [f"{part}_file" for part in needed]
-        if bool(domain.dataset_name) == all(getattr(domain, name) for name in files):
+        found = [name for name in files if getattr(domain, name)]
+        if found != ([] if domain.dataset_name else files):
             raise ValueError(f"{where} needs either {' and '.join(files)}, or dataset_name.")
         return domain
 

@@ -211,6 +211,12 @@ def test_files_that_are_left_out_of_a_folder_are_told(tmp_path, caplog):
     (told,) = caplog.messages
     assert "Left out 3 files" in told
     assert "(.heic, .txt)" in told
+    caplog.clear()
+    picture(1).save(tmp_path / "beside.jpg")
+    (tmp_path / "labels.txt").write_text("cat")
+    assert len(_of_folder(str(tmp_path))) == 1
+    _, told = caplog.messages
+    assert f"Left out 1 files of {tmp_path} in no class's folder (.jpg), such as" in told
 
 
 @pytest.mark.parametrize(("brightest", "is_refused"), [(255, True), (4095, True), (60_000, False)])

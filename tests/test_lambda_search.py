@@ -9,6 +9,7 @@ from test_tasks import arguments, examples, same_weights, vit
 from transformers import Trainer, TrainerCallback
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Task, run_tasks
+from hf_ewc.tasks import lambda_search
 from hf_ewc.tasks.lambda_search import LambdaSearch
 from hf_ewc.training.held_out import held_out_rows, number_of_labels
 from hf_ewc.training.lambda_curve import LambdaCurve, Trial
@@ -27,6 +28,24 @@ def three_tasks():
                 example["pixel_values"] = example["pixel_values"].roll(k, 1)
         found.append(Task(name=f"rows {k}", train_dataset=data[0], eval_dataset=data[1]))
     return found
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1000, [8, 8, 8]), (3, [8, 3, 8]), (1, [8, 1, 8])])
+def test_the_look_half_way_takes_few_examples(most, sizes, tmp_path, monkeypatch):
+    scored, whole = [], lambda_search.evaluate
+
+    def watched(trainer, tasks, *args):
+        scored.append([row["labels"] for row in tasks[0].eval_dataset])
+        return whole(trainer, tasks, *args)
+
+    monkeypatch.setattr(lambda_search, "HALFWAY", most)
+    monkeypatch.setattr(lambda_search, "evaluate", watched)
+    tasks = three_tasks()[:2]
+    in_order = sorted(tasks[1].train_dataset, key=lambda row: row["labels"])
+    tasks[1] = replace(tasks[1], train_dataset=in_order)
+    run_tasks(vit(), tasks, arguments(tmp_path, max_steps=6), AUTO)
+    assert [len(labels) for labels in scored[:3]] == sizes  # before, half way, in the end
+    assert most == 1 or {*scored[1]} == {0, 1}  # drawn from all over the data
 
 
 # ---- The rule ----

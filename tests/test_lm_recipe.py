@@ -278,6 +278,10 @@ def test_a_tokenizer_that_cannot_pad(folder, tmp_path):
         ({}, "tasks are missing"),
         ({"tasks": ["a.txt"]}, "task 1 is 'a.txt'"),
         ({"tasks": [{"name": "a", "train_file": "x"}]}, "task 1 needs either train_file and eval"),
+        (
+            {"tasks": [{"name": "a", "eval_file": "x", "dataset_name": "y"}]},
+            "task 1 needs either train_file and eval",
+        ),
         ({"evaluate_also": {"name": "x"}}, "evaluate_also is {'name': 'x'}; needed is a list."),
         ({"evaluate_also": [{"name": "x"}]}, "evaluate_also 1 needs either eval_file, or dataset"),
         (
@@ -292,6 +296,14 @@ def test_entries_that_are_no_domains(given, message):
     with pytest.raises(ValueError) as refused:
         domains_of(DomainArguments(**({"tasks": tasks} | given if given else {})))
     assert message in str(refused.value)
+
+
+def test_what_is_protected_stands_outside_of_the_methods(folder, tmp_path, capsys):
+    lines = (folder / "texts.yaml").read_text().replace("protect: false", "protect: 'no'")
+    (tmp_path / "texts.yaml").write_text(lines)
+    with pytest.raises(SystemExit):
+        recipe.parsed([str(tmp_path / "texts.yaml")])
+    assert "method 'tasks' has protect: 'no'; needed is true or false." in capsys.readouterr().err
 
 
 def test_a_new_adapter_that_knows_nothing_of_the_pretraining(folder, capsys):

@@ -323,6 +323,7 @@ def read(task):
          "'train_file'?"),
         ({"train_file": "x"}, "task 1 has no name"),
         ({"name": "a", "train_file": "x"}, "needs either train_file and eval_file, or"),
+        ({"name": "a", "train_file": "x", "dataset_name": "y"}, "needs either train_file and eval"),
         ({"name": "a", "dataset_name": "x", "text": ["a", "b", "c"]}, "or of two."),
         ({"name": "a", "dataset_name": "x", "text": ["a", "a"]}, "a column of its own"),
         ({"name": "a", "dataset_name": "x", "text": "label"}, "a column of its own"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,14 +37,20 @@ from hf_ewc.training.short_training import for_a_share
 
 logger = logging.getLogger("hf_ewc")
 
+HALFWAY = 1000  # examples, at most: a score that is hopeless is far from one that is not
+
 
 @dataclass(frozen=True)
 class _Task:
-    """What the trials of one task share: its number, their data, the held-out part, the model."""
+    """What the trials of one task share: its number, their data, the held-out part, the model.
+
+    `sample` is the task with at most `HALFWAY` of the held-out examples, for a look half way.
+    """
 
     index: int
     data: TrainingData
     held_out: Task
+    sample: Task
     args: Arguments
     model: nn.Module
 
@@ -146,9 +153,12 @@ class LambdaSearch:
         check_rows(task, "ewc_lambda='auto'")
         rows = data.held_out or held_out_rows(len(task.train_dataset), args.seed)
         left = without(data, [x.train_dataset for x in self._plan.tasks], index, rows)
-        held_out = replace(task, eval_dataset=rows_of(task.train_dataset, rows))
+        held_out, sample = (
+            replace(task, eval_dataset=rows_of(task.train_dataset, some))
+            for some in (rows, rows[:: math.ceil(len(rows) / HALFWAY)])
+        )
         whole, part = length(data.dataset), length(left.dataset)
-        return _Task(index, left, held_out, for_a_share(args, whole or 1, part or 1), model)
+        return _Task(index, left, held_out, sample, for_a_share(args, whole or 1, part or 1), model)
 
     def _with_trial(self, curve: LambdaCurve, task: _Task, strength: float) -> LambdaCurve:
         began = time.perf_counter()
@@ -158,14 +168,14 @@ class LambdaSearch:
             data = task.held_out.eval_dataset
             curve = replace(
                 curve,
-                before=self._score(trainer, task),
+                before=self._score(trainer, task.held_out),
                 labels=number_of_labels(data) if by_share else 0,
                 chance=commonest_share(data) if by_share else None,
             )
-        halfway = HalfWay(lambda: self._score(trainer, task), curve.is_hopeless)
+        halfway = HalfWay(lambda: self._score(trainer, task.sample), curve.is_hopeless)
         trainer.add_callback(halfway)
         self._training.train(trainer, task.index, task.data)
-        score = None if halfway.stopped else self._score(trainer, task)
+        score = None if halfway.stopped else self._score(trainer, task.held_out)
         return curve.with_trial(
             Trial(
                 strength,
@@ -190,12 +200,12 @@ class LambdaSearch:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def _score(self, trainer: Any, task: _Task) -> float | None:
+    def _score(self, trainer: Any, task: Task) -> float | None:
         """The task's own score on its held-out examples, the same in every process."""
         with preserved_random_states():
             collator = self._training.collator
-            found = evaluate(trainer, [task.held_out], self._plan, self._space, collator)
-        score = [score_of(task.held_out, found[task.held_out.name])]
+            found = evaluate(trainer, [task], self._plan, self._space, collator)
+        score = [score_of(task, found[task.name])]
         if PartialState().num_processes > 1:
             broadcast_object_list(score)
         return score[0]

@@ -23,7 +23,8 @@ class Trial:
     Args:
         ewc_lambda: λ; 0 trains plainly.
         score: more is better; None where it was no finite number, or the trial was stopped.
-        halfway: the score after half of the steps; None where that was not measured.
+        halfway: the score after half of the steps, on at most 1000 of these examples; None where
+            that was not measured.
         stopped: whether it was given up there.
         kept: share of what plain training reached; None for the plain trial itself.
         steps: optimizer steps.
