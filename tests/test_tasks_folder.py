@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +16,12 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from test_tasks import CONFIG, arguments, examples, same_weights, two_tasks, vit
-from transformers import EvalPrediction, TrainerCallback, ViTForImageClassification
+from transformers import (
+    EvalPrediction,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+)
 
 import hf_ewc.report.writing as writing
 from hf_ewc import EWCConfig, EWCTrainer, Task, compare_methods, estimate_fisher, run_tasks
@@ -323,6 +328,17 @@ def test_settings_of_a_run_that_could_not_be_trained(changes, message, tmp_path)
     with pytest.raises(ValueError, match=message):
         run_tasks(vit(), [first, second], arguments(tmp_path, **changes), CONFIG)
     assert not [*tmp_path.glob("*")]
+
+
+@dataclass
+class OwnArguments(TrainingArguments):
+    more: "OfAnotherModule | None" = None  # noqa: F821
+
+
+def test_arguments_of_a_class_whose_hints_cannot_be_read(tmp_path):
+    options = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    done = run_tasks(vit(), two_tasks()[:1], OwnArguments(str(tmp_path), **options), CONFIG)
+    assert done.matrix.num_learnt == 1
 
 
 def test_settings_that_are_allowed_in_a_task_stay_so(tmp_path):

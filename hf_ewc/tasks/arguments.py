@@ -50,7 +50,8 @@ def checked(given: Any, args: TrainingArguments, owner: str) -> dict[str, Any]:
             raise ValueError(f"{owner} sets {name!r}, which is one for the whole run.")
     if not given:
         return {}
-    _check_numbers(given, args, owner)
+    _check_numbers(given, type(args), owner)
+    _check_length(given, args, owner)
     fixed = {"output_dir": args.output_dir, "report_to": "none", "use_cpu": args.use_cpu}
     try:
         normal = type(args)(**(fixed | dict(given)))
@@ -60,9 +61,9 @@ def checked(given: Any, args: TrainingArguments, owner: str) -> dict[str, Any]:
     return {name: getattr(normal, name) for name in given}
 
 
-def _check_numbers(given: Mapping[str, Any], args: TrainingArguments, owner: str) -> None:
+def _check_numbers(given: Mapping[str, Any], kind: type[TrainingArguments], owner: str) -> None:
     """Refuse what is no number where one is needed, or no example or step: a `ValueError`."""
-    types = get_type_hints(type(args))
+    types = get_type_hints(kind)
     for name, value in given.items():
         kinds = set(get_args(types[name]) or (types[name],))
         if not kinds <= {int, float, type(None)} or (value is None and type(None) in kinds):
@@ -74,6 +75,9 @@ def _check_numbers(given: Mapping[str, Any], args: TrainingArguments, owner: str
             raise ValueError(f"{owner} sets {name} to {value!r}; needed is at least 1.")
         if name == "learning_rate" and not 0 <= float(value) < math.inf:
             raise ValueError(f"{owner} sets {name} to {value!r}; needed is a number from 0 on.")
+
+
+def _check_length(given: Mapping[str, Any], args: TrainingArguments, owner: str) -> None:
     if given.get("num_train_epochs", 1) <= 0 and given.get("max_steps", args.max_steps) <= 0:
         raise ValueError(
             f"{owner} sets num_train_epochs to {given['num_train_epochs']!r}, by which it would be "
@@ -84,7 +88,7 @@ def _check_numbers(given: Mapping[str, Any], args: TrainingArguments, owner: str
 def check_run(args: TrainingArguments, tasks: Sequence[Task], trainer_class: type[Any]) -> None:
     """Refuse settings of a run with which a task could not be trained: a `ValueError`."""
     of_run = {name: getattr(args, name) for name in (*_AT_LEAST_ONE, "learning_rate")}
-    _check_numbers(of_run, args, "the run")
+    _check_numbers(of_run, TrainingArguments, "the run")
     schedules = getattr(trainer_class, "create_scheduler", None)
     if args.lr_scheduler_kwargs and schedules is Trainer.create_scheduler:
         _check_optimizer(args, {"lr_scheduler_kwargs": args.lr_scheduler_kwargs}, "the run")
