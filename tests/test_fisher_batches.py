@@ -255,6 +255,15 @@ def test_a_collator_that_leaves_examples_out(broken, size):
         estimate_fisher(Heads(), rows, data_collator=without_broken, batch_size=size)
 
 
+@pytest.mark.parametrize("place", [1, 5])
+@pytest.mark.parametrize("size", [4, 1])
+def test_an_item_that_is_none(place, size):
+    examples = Examples("bert", 6)
+    rows = [None if n == place else examples[n] for n in range(6)]
+    with pytest.raises(TypeError, match=r"gives None in place of an example.*Leave such items out"):
+        estimate_fisher(bert(), rows, batch_size=size)
+
+
 class Drawing:
     """A collator that draws at random, as one for masked language models does."""
 
@@ -611,3 +620,21 @@ def test_objects_that_a_model_holds_are_not_looked_into():
     model.card = Card()
     estimate_fisher(model, Examples("bert", 4))
     assert list(vars(model.card)) == ["line"]
+
+
+class OfTheBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x, labels=None):
+        return {"logits": self.head(self.norm(self.inner(x)))}
+
+
+@pytest.mark.filterwarnings("ignore:The one-backward")
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batch_norms_of_the_batch_alone(batch_size):
+    rows = [{"x": randn(3, seed=n), "labels": n % 2} for n in range(4)]
+    with pytest.raises(ValueError, match=r"The batch norms norm have no running statistics.*Layer"):
+        estimate_fisher(OfTheBatch(), rows, batch_size=batch_size)

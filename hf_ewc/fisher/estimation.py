@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointError
 
 from hf_ewc.fisher.counts import Counts
@@ -244,7 +245,8 @@ class Estimation:
         except Exception as error:
             if batch is None or is_out_of_memory(error) or not raised_in(self._model, error):
                 raise
-            raise ForwardFailed(batch, error, self._advice) from error
+            advice = self._advice + _advice_on_batch_norms(self._model)
+            raise ForwardFailed(batch, error, advice) from error
 
     def _reason(self, error: Exception) -> str:
         """Why the fast way is left; raises where the slow one does not help."""
@@ -317,6 +319,22 @@ class ForwardFailed(ValueError):
             "pad token; or log_likelihood= a function of (model, batch) that calls it as it has to "
             "be."
         )
+
+
+def _advice_on_batch_norms(model: nn.Module) -> str:
+    """Of norms over the batch at hand, by which an example has no output of its own."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None
+    ]
+    if not names:
+        return ""
+    return (
+        f"The batch norms {', '.join(names[:5])} have no running statistics and take those of the "
+        "batch, so that an example alone has no likelihood: set track_running_stats=True, or put "
+        "norms of single examples (GroupNorm, LayerNorm) in their place. "
+    )
 
 
 def raised_in(model: nn.Module, error: Exception) -> bool:

@@ -66,7 +66,10 @@ class Collating:
     def __call__(self, examples: list[Any]) -> Divided:
         try:
             batch = self._collated(examples)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
+            _refuse_nothing(examples, error)
+            if not isinstance(error, (TypeError, ValueError, RuntimeError)):
+                raise
             return self._one_by_one(examples, error)
         if len(examples) == 1:
             return Divided(batch)
@@ -154,6 +157,16 @@ def numbered(divided: Divided, ids: list[int]) -> Iterator[ExampleBatch]:
     for inputs, index in zip(divided.alone, ids, strict=True):
         _require_one_row(inputs)
         yield ExampleBatch(inputs, [index], apart_because=divided.because)
+
+
+def _refuse_nothing(examples: Sequence[Any], error: Exception) -> None:
+    """Where the collator fails on items that are None."""
+    if any(one is None for one in examples):
+        raise TypeError(
+            f"The data set gives None in place of an example, which the data_collator does not "
+            f"take ({type(error).__name__}: {error!s:.200}). Leave such items out of the data, or "
+            "give a data_collator that does."
+        ) from error
 
 
 def _refuse_places_as_labels(batch: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]) -> None:
