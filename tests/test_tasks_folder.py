@@ -369,8 +369,10 @@ def test_classes_are_numbers_of_labels_in_a_list_or_an_array():
 def test_a_comparison_is_not_removed_for_a_run(tmp_path):
     compare_methods(vit, two_tasks()[:1], arguments(tmp_path, max_steps=1), {"plain": {}}, [0])
     before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(ValueError, match="is of no run by run_tasks"):
-        run(tmp_path, resume=False)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="is of no run by run_tasks") as said:
+            run(tmp_path, resume=resume)
+        assert "\n" not in str(said.value)
     assert (tmp_path / "results.json").read_bytes() == before
 
 

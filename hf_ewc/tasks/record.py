@@ -102,6 +102,11 @@ class Record:
         """
         path = self.folder.results
         runs, content = read_outcomes(path)
+        if "settings" not in content:
+            raise ValueError(
+                f"{path} is of no run by run_tasks, but a comparison of {', '.join([*runs][:5])}; "
+                "choose another output_dir."
+            )
         check_same_run(path, content.get("settings"), self._settings)
         (saved,) = runs[self.plan.method].values()
         self.matrix.take_over(saved.matrix)
