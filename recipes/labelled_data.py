@@ -192,7 +192,7 @@ def load(task: Any, max_train: int | None, max_eval: int | None) -> Examples:
 def _label_names(data: Dataset, task: Any, where: str) -> list[str | None]:
     """The name of each example's label; None for examples that the task leaves out."""
     kind, values = data.features[task.label], data[task.label]
-    if without := [i + 1 for i, value in enumerate(values) if value is None]:
+    if without := [i + 1 for i, value in enumerate(values) if _is_missing(value)]:
         raise ValueError(
             f"{where} has {len(without)} examples without a label, the first is number "
             f"{without[0]}; fill them in or take them out."
@@ -203,6 +203,10 @@ def _label_names(data: Dataset, task: Any, where: str) -> list[str | None]:
         with_labels = "" if task.labels is None else f" with the labels of task {task.name!r}"
         raise ValueError(f"{where} has no examples{with_labels}.")
     return found
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _name(value: Any, kind: Any, where: str) -> str:

@@ -1,5 +1,7 @@
 """Domains for a language model: texts or chats from files or the Hub, cut into examples."""
 
+import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +10,10 @@ from data_sources import Source, SourceArguments
 from datasets import Dataset
 
 from hf_ewc.cli.sources import check_columns, from_file, from_hub
+
+TOOLS = "tools"
+"""The column of what an assistant may call in a chat, by the convention of chat templates."""
+_SAID = {"content", "tool_calls"}  # a message of a chat has one of them, and a role
 
 
 @dataclass
@@ -27,7 +33,10 @@ class DomainArguments(SourceArguments):
     )
     text: str = field(
         default="text",
-        metadata={"help": "Column of the texts, or of chats: lists of messages (role, content)."},
+        metadata={
+            "help": "Column of the texts, or of chats: lists of messages (role, content), also as "
+            "JSON in a text. What a column `tools` beside it has goes to the chat's template."
+        },
     )
     block_size: int = field(
         default=512,
@@ -61,18 +70,20 @@ class Domain(Source):
             raise ValueError(f"{where} needs either {' and '.join(files)}, or dataset_name.")
         return domain
 
-    def read(self, part: str) -> tuple[str, list[Any]]:
-        """The name and the texts or chats of the part "train" or "eval"."""
+    def read(self, part: str) -> tuple[str, list[Any], list[Any]]:
+        """The name, the texts or chats, and the chats' tools of the part "train" or "eval"."""
         file, split = self.of_part(part)
         if self.dataset_name:
             where = f"{self.dataset_name} ({split})"
             data = from_hub(self.dataset_name, self.dataset_config_name, split)
         elif str(file).lower().endswith(".txt"):
-            return str(file), from_file(str(file), sample_by="document")["text"][:]
+            texts = from_file(str(file), sample_by="document")["text"][:]
+            return str(file), texts, [None] * len(texts)
         else:
             where, data = str(file), from_file(str(file))
         check_columns(data, [self.text], where)
-        return where, data[self.text]
+        tools = data[TOOLS] if TOOLS in data.column_names else [None] * len(data)
+        return where, data[self.text], tools
 
 
 def domains_of(given: DomainArguments) -> tuple[list[Domain], Domain | None, list[Domain]]:
@@ -118,9 +129,10 @@ def examples_of(
     Raises:
         ValueError: something is neither text nor chat, or there is nothing to learn from.
     """
-    where, values = domain.read(part)
+    where, values, tools = domain.read(part)
+    chats = [_chat(value, own) for value, own in zip(values, tools, strict=True)]
     found = []
-    for ids in _tokens(where, domain.text, values, tokenizer, size, whole):
+    for ids in _tokens(where, domain.text, chats, tokenizer, size, whole):
         if len(ids) > 1:  # of one token alone there is nothing to predict
             found.append(ids)
         if len(found) == most:
@@ -129,6 +141,41 @@ def examples_of(
         in_column = "" if where.lower().endswith(".txt") else f" in column {domain.text!r}"
         raise ValueError(f"{where} has no text{in_column}.")
     return Dataset.from_dict({"input_ids": found, "labels": found})
+
+
+@dataclass
+class _Chat:
+    """What was said, and what the assistant may call."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+
+
+def _chat(value: Any, tools: Any) -> Any:
+    """The chat that a value is, also one that a text has as JSON; what is none as it is."""
+    messages = _of_json(value)
+    if not _is_chat(messages):
+        return value
+    return _Chat([_as_written(turn) for turn in messages], _as_written(_of_json(tools)) or None)
+
+
+def _of_json(value: Any) -> Any:
+    """What a text has as JSON; else the value."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _as_written(value: Any) -> Any:
+    """Without the keys that a table adds, as None, since other rows have them."""
+    if isinstance(value, dict):
+        return {
+            key: _as_written(own)
+            for key, own in value.items()
+            if own is not None or key == "content"
+        }
+    return [_as_written(own) for own in value] if isinstance(value, list) else value
 
 
 def _tokens(
@@ -145,7 +192,7 @@ def _tokens(
             while len(rest) >= size:
                 yield rest[:size]
                 rest = rest[size:]
-        elif _is_chat(value):
+        elif isinstance(value, _Chat):
             ids = _of_chat(value, tokenizer, f"{where}, example {row + 1}")
             yield ids if whole else ids[:size]
         else:
@@ -160,11 +207,11 @@ def _is_chat(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+        and all(isinstance(turn, dict) and "role" in turn and turn.keys() & _SAID for turn in value)
     )
 
 
-def _of_chat(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[int]:
+def _of_chat(chat: _Chat, tokenizer: Any, where: str) -> list[int]:
     """The chat in the words of the tokenizer's template; all of it is learnt."""
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -172,10 +219,11 @@ def _of_chat(messages: list[dict[str, str]], tokenizer: Any, where: str) -> list
             "that was trained on chats, or save a template with the tokenizer."
         )
     try:
-        return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+        written = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, return_dict=True)
+        return list(written["input_ids"])
     except Exception as error:  # a template is a program of its own
         raise ValueError(
             f"{where} is a chat that the template of the model's tokenizer cannot write: {error}; "
-            f"it is {messages!r:.200}. Leave it out or change it, or save a template that takes "
-            "such chats with the tokenizer."
+            f"it is {chat.messages!r:.200}. Leave it out or change it, or save a template that "
+            "takes such chats with the tokenizer."
         ) from error

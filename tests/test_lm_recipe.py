@@ -200,6 +200,49 @@ def test_a_chat_is_an_example(tmp_path):
         assert found["input_ids"][:] == [expected]
 
 
+def test_a_chat_as_json_in_a_text(tmp_path):
+    chat = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
+    rows = [json.dumps(chat), "[red cat] [", "[" * 100_000]
+    (tmp_path / "x.csv").write_text(
+        "text\n" + "".join('"' + row.replace('"', '""') + '"\n' for row in rows[:2])
+    )
+    found = examples_of(domain(tmp_path / "x.csv"), "train", TOKENIZER, 20, None)["input_ids"][:]
+    assert found == [ids("user red <eos> assistant blue <eos>"), ids("<unk> <unk> <unk> <eos>")]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": rows[2]}) + "\n")
+    deep = examples_of(domain(tmp_path / "x.jsonl"), "train", TOKENIZER, 20, None)
+    assert deep["input_ids"][:] == [ids("<unk> <eos>")]
+
+
+CALLING = (
+    "{% for tool in tools or [] %}{{ tool.function.keys() | join(' ') + ' ' }}{% endfor %}"
+    "{% for m in messages %}{{ m.role + ' ' + (m.content or m.keys() | join(' ')) + ' ' }}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_chat_with_tools(as_text, tmp_path):
+    """As they were written: neither left out nor with what other rows of the table have."""
+    asked = {"role": "user", "content": "red"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "cat", "arguments": "a"}}]}
+    tools = [
+        [{"type": "function", "function": {"red": "x", "blue": "y"}}],
+        [{"type": "function", "function": {"dog": "z"}}],
+        None,
+    ]
+    (tmp_path / "x.jsonl").write_text(
+        "".join(
+            json.dumps({"text": [asked, call], "tools": json.dumps(own) if as_text else own}) + "\n"
+            for own in tools
+        )
+    )
+    tokenizer = made_tokenizer(CALLING)
+    found = examples_of(domain(tmp_path / "x.jsonl"), "train", tokenizer, 20, None)
+    written = ids("user red assistant <unk> <unk>")  # role, tool_calls; no content of the table
+    heads = [ids("red blue"), ids("dog"), []]
+    assert found["input_ids"][:] == [[*head, *written] for head in heads]
+
+
 # ---- What is refused, in one line ----
 
 

@@ -8,7 +8,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from hf_ewc.cli.lora import LoraArguments, with_lora
 from hf_ewc.report import read_outcomes
+from tests.models import bert
 from tests.processes import ROOT
 from tests.recipe import run_recipe
 
@@ -295,6 +297,7 @@ GOOD = "text,label\nsome words,a\n"
         (GOOD + '"a,b\n', GOOD, {}, "A quotation mark that is opened there is not closed."),
         ("text,label\nx,1\ny,\n", GOOD, {}, "train.csv has 1 examples without a label, the "
          "first is number 2"),
+        ('text,label\nx,a\ny," "\n', GOOD, {}, "train.csv has 1 examples without a label, the "),
         (GOOD, GOOD, {"train_file": "nowhere.csv"}, "nowhere.csv does not exist"),
         (GOOD, GOOD, {"train_file": "{}/some.doc"}, "some.doc is none of .csv"),
     ],
@@ -371,6 +374,30 @@ def test_a_fault_in_the_file_is_one_line(added, message, folder, tmp_path, capsy
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_empty_label_is_none(empty, tmp_path):
+    rows = [{"text": "red", "label": "a"}, {"text": "blue", "label": empty}]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    with pytest.raises(ValueError, match="has 1 examples without a label, the first is number 2"):
+        load(entry(tmp_path, content, "jsonl"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_r": 0}, "lora_r is 0; allowed is an integer of at least 1"),
+        ({"lora_alpha": -1.0}, "lora_alpha is -1.0; allowed is a finite number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; allowed"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; allowed is a number of at least 0 and below"),
+        ({"lora_dropout": float("nan")}, "lora_dropout is nan; allowed"),
+        ({"lora_target_modules": ["nowhere"]}, "lora_target_modules is ['nowhere']: "),
+    ],
+)
+def test_numbers_of_lora_that_cannot_be_meant(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        with_lora(bert(), LoraArguments(use_peft=True, **settings), "SEQ_CLS")
 
 
 def entry(folder, content, suffix, **columns):

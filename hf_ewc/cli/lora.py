@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 
+from hf_ewc.config.checked import integer, number, refuse
 from hf_ewc.tasks.class_mask import classification_heads
 
 
@@ -14,7 +15,9 @@ from hf_ewc.tasks.class_mask import classification_heads
 class LoraArguments:
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA in place of all weights."})
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA."})
-    lora_alpha: float = field(default=16.0, metadata={"help": "Scale of LoRA, times its rank."})
+    lora_alpha: float = field(
+        default=16.0, metadata={"help": "Scale of LoRA: what it adds is times this / rank."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in LoRA."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
@@ -32,10 +35,14 @@ def with_lora(model: Any, given: LoraArguments, task_type: str | None = None) ->
             images, it classifies, and its head is trained as a whole.
 
     Raises:
-        ValueError: there are no such modules.
+        ValueError: there are no such modules, or a number that cannot be meant.
     """
     if not given.use_peft:
         return model
+    integer("lora_r", given.lora_r, low=1)
+    number("lora_alpha", given.lora_alpha, low=0.0, open_low=True)
+    if not 0 <= given.lora_dropout < 1:
+        refuse("lora_dropout", given.lora_dropout, "a number of at least 0 and below 1")
     targets = given.lora_target_modules
     heads = classification_heads(model) if task_type is None else []
     names = [name for name, module in model.named_modules() if any(module is h for h in heads)]
