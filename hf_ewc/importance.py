@@ -92,6 +92,9 @@ def _checked(name: str, value: Tensor) -> Tensor:
         raise TypeError(f"Fisher has the name {name!r}; a parameter's name is a string.")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"Fisher of {name!r} must be a floating-point tensor, got {value!r:.80}.")
+    if value.layout != torch.strided or value.is_meta:
+        kind = "on the meta device, without values" if value.is_meta else f"{value.layout}"
+        raise TypeError(f"Fisher of {name!r} is {kind}; needed is a dense tensor.")
     value = value.detach()
     local = local_part(value).float()
     low, high = local.aminmax() if local.numel() else (torch.zeros(()), torch.zeros(()))

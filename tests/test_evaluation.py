@@ -154,6 +154,34 @@ def test_metrics_that_return_nothing_say_so(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ({1: 0.5}, "names a figure 1, a int; needed is a string"),
+        ({"accuracy": None}, "gives None as its accuracy, a NoneType, by which the task is scored"),
+        ({"eval_accuracy": [0.5]}, r"gives \[0.5\] as its eval_accuracy, a list"),
+    ],
+)
+def test_figures_that_are_no_score_say_so(figures, message, tmp_path):
+    with pytest.raises(TypeError, match=f"compute_metrics of task '0 or 1' {message}"):
+        run_tasks(
+            vit(), two_tasks(), arguments(tmp_path, max_steps=1), compute_metrics=lambda p: figures
+        )
+
+
+def test_metrics_of_losses_and_inputs_beside(tmp_path):
+    """What they are handed over is of the whole evaluation, which no rehearsal has."""
+    args = arguments(tmp_path, max_steps=1, include_for_metrics=["inputs", "loss"])
+    found = run_tasks(vit(), two_tasks(), args)
+    assert 0 <= found.matrix[1, 0] <= 1
+
+
+def test_a_model_of_which_nothing_trains(tmp_path):
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        run_tasks(vit().requires_grad_(False), two_tasks(), arguments(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 class Counting:
     """Adds up over the batches of an evaluation, and returns figures with the last alone."""
 

@@ -45,8 +45,32 @@ def test_a_trainer_learns_from_the_others_and_estimates_on_these(tmp_path, name)
     expected = empirical(trainer.model, batch_of([data[i] for i in rows]))
     assert_close(dict(state.importance.items()), expected)
     again = EWCTrainer(vit(), arguments(tmp_path, max_steps=2), **options)
-    assert len(again._ewc_held_out) == 4  # the same ones
-    assert [int(e["labels"]) for e in again._ewc_held_out] == [data[i]["labels"] for i in rows]
+    assert len(again._ewc_hold_out()) == 4  # the same ones
+    assert [int(e["labels"]) for e in again._ewc_hold_out()] == [data[i]["labels"] for i in rows]
+
+
+@pytest.mark.parametrize("name", ["list", "Dataset"])
+def test_other_data_on_the_same_trainer_is_held_out_of_too(tmp_path, name):
+    """The Fisher is not of the first task's examples, nor of what was trained on."""
+    trainer = EWCTrainer(
+        vit(),
+        arguments(tmp_path, max_steps=2),
+        train_dataset=kind(examples((0, 1), 20), name),
+        ewc_config=HELD_OUT,
+    )
+    data, rows = examples((2, 3), 30), held_out_rows(30, 42)
+    trainer.train_dataset = kind(data, name)
+    trainer.train()
+    assert [int(e["labels"]) for e in trainer.train_dataset] == [
+        data[i]["labels"] for i in other_rows(30, rows)
+    ]
+    kept = trainer.train_dataset
+    state = trainer.consolidate()
+    assert trainer.train_dataset is kept
+    assert_close(
+        dict(state.importance.items()),
+        empirical(trainer.model, batch_of([data[i] for i in rows])),
+    )
 
 
 def mark(example):

@@ -105,6 +105,24 @@ def test_few_examples_leave_room_for_their_noise():
 
 
 @pytest.mark.parametrize(
+    ("labels", "chosen"),
+    [
+        (50, 2500),  # log10 is 3.4, a fifth of the way from the 4 of the state to the 1 of trials
+        (200, 320),  # half way
+        (1800, 20),  # nine tenths: 10^1.3
+        (0, 10),  # where not labels are counted, the trials alone count
+    ],
+)
+def test_few_labels_leave_lambda_near_what_the_state_tells(labels, chosen):
+    scores = {0: 1.0, 1e4: 0.1, 1e3: 0.1, 1e2: 0.1, 1e1: 1.0}
+    monotonous = curve_of(scores, told=1e4, labels=labels, give_up=0.0)
+    assert monotonous.chosen == chosen
+    assert f"λ = {chosen:g}" in monotonous.in_words()
+    assert curve_of(scores, told=None, labels=labels, give_up=0.0).chosen == 10
+    assert curve_of({0: 1.0, 1e4: 1.0}, told=1e4, labels=labels).chosen == 1e4
+
+
+@pytest.mark.parametrize(
     ("labels", "number"),
     [
         ([3, 1, -100, 2], 3),

@@ -77,6 +77,21 @@ def test_what_a_fisher_holds(diagonal, message):
         Fisher(diagonal)
 
 
+@pytest.mark.parametrize(
+    "diagonal",
+    [torch.eye(2).to_sparse(), torch.zeros(2, device="meta")],
+)
+def test_a_fisher_without_values_of_its_own(diagonal):
+    with pytest.raises(TypeError, match=r"Fisher of 'a' is .*; needed is a dense tensor"):
+        Fisher({"a": diagonal})
+
+
+@pytest.mark.parametrize("parameters", [None, 3])
+def test_parameters_that_are_none(parameters, known):
+    with pytest.raises(TypeError, match=r"parameters is .*; needed is the model, a dict by name"):
+        EWCState().consolidate(known[1], parameters)
+
+
 def test_data_that_is_text(known):
     with pytest.raises(TypeError, match="data is 'abc'; give a data set"):
         estimate_fisher(known[0], "abc")

@@ -71,8 +71,8 @@ CASES = {
     ),
     "a figure that is no number": (
         tasks(*examples(), compute_metrics=lambda prediction: {"accuracy": np.array([0.5])}),
-        ValueError,
-        "task 'b' is scored by 'accuracy'; evaluation returned ['loss']",
+        TypeError,
+        "compute_metrics of task 'b' gives array([0.5]) as its accuracy, a ndarray, by which",
     ),
     "another figure": (
         tasks(*examples(), compute_metrics=typo),

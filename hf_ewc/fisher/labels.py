@@ -62,8 +62,8 @@ def require_labels(batch: Batch) -> None:
 
 
 def no_labels(batch: Batch) -> ValueError:
-    listed = next((n for n in LABEL_NAMES if isinstance(batch.get(n), (list, tuple, dict))), None)
-    if listed is not None:
+    listed = next((n for n in LABEL_NAMES if batch.get(n) is not None), None)
+    if listed is not None and not isinstance(batch[listed], Tensor):
         return ValueError(
             f"{listed!r} is a {type(batch[listed]).__name__} in a batch; needed is a tensor with "
             "the labels of each example in a row. Let the data_collator make one, or "

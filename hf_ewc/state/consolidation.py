@@ -171,6 +171,12 @@ class Consolidation:
         return problems
 
 
+_NEEDED = (
+    "needed is the model, a dict by name, or pairs of name and tensor as of "
+    "model.named_parameters()"
+)
+
+
 def named(parameters: Parameters, names: Collection[str]) -> Mapping[str, Tensor | AdaptedWeight]:
     """θ by name: of a model, a mapping by name, or pairs of name and tensor.
 
@@ -182,12 +188,13 @@ def named(parameters: Parameters, names: Collection[str]) -> Mapping[str, Tensor
     """
     if isinstance(parameters, nn.Module):
         return weights_named(names, parameters)
+    if not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"parameters is {parameters!r:.60}, a {type(parameters).__name__}; {_NEEDED}."
+        )
     pairs = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
     if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
-        raise TypeError(
-            f"parameters hold a {type(pairs[0]).__name__}; needed is the model, a dict by name, or "
-            "pairs of name and tensor as of model.named_parameters()."
-        )
+        raise TypeError(f"parameters hold a {type(pairs[0]).__name__}; {_NEEDED}.")
     return {canonical_name(name): value for name, value in pairs}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
@@ -168,6 +169,16 @@ def check_types(tasks: Any, args: Any, config: Any, sequence: Any) -> None:
     if sequence is not None and not isinstance(sequence, SequenceConfig):
         raise TypeError(
             f"sequence_config must be a SequenceConfig or None, got {type(sequence).__name__}."
+        )
+
+
+def check_trains(model: nn.Module) -> None:
+    """Refuse a model of which nothing would be learnt: a `ValueError`."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "no parameter of the model requires a gradient, so that nothing would be learnt; call "
+            "requires_grad_() on those that are to be trained, or load an adapter with "
+            "is_trainable=True."
         )
 
 

@@ -76,7 +76,7 @@ def figures_of(metrics: Mapping[str, Any], prefix: str) -> Figures:
     """
     begin = f"{prefix}_"
     found = {
-        key.removeprefix(begin): _single(value)
+        key.removeprefix(begin): single(value)
         for key, value in metrics.items()
         if key.startswith(begin)
     }
@@ -87,7 +87,7 @@ def figures_of(metrics: Mapping[str, Any], prefix: str) -> Figures:
     }
 
 
-def _single(value: Any) -> float | int | None:
+def single(value: Any) -> float | int | None:
     """A number, also out of an array or a tensor of no axes; None where it is something else."""
     if hasattr(value, "item") and np.ndim(value) == 0:
         value = value.item()

@@ -121,12 +121,14 @@ class LambdaSearch:
                 return curve
         config = self._plan.config
         earlier = self._record.searches
+        told = self._protection.told_lambda(index)
         return LambdaCurve(
             name,
-            first=self._protection.told_lambda(index),
+            first=told,
             give_up=config.ewc_give_up if config is not None else 0.0,
             by_improvement=self._plan.tasks[index].lower_is_better,
             left=self._steps_left(index, earlier),
+            told=told,
         )
 
     def _steps_left(self, index: int, earlier: list[LambdaCurve]) -> int:

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import nested_numpify
 
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_sharded
-from hf_ewc.tasks.evaluation import NoLabels, figures_of, scoring
+from hf_ewc.tasks.evaluation import NoLabels, figures_of, scoring, single
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Task, score_of
@@ -91,6 +91,8 @@ def _rehearse(trainer: Any, task: Task, is_own: bool) -> None:
         raise _cannot_be_scored(task, f"{type(error).__name__}: {error!s:.300}") from error
     figures = {} if loss is None else {"loss": float(loss.detach().float().mean())}
     if not only_loss and outputs is not None and labels is not None:
+        if trainer.args.include_for_metrics or not trainer.args.eval_do_concat_batches:
+            return  # of the whole evaluation's inputs, losses or batches
         try:
             found = _metrics(trainer, outputs, labels)
         except Exception as error:
@@ -104,10 +106,26 @@ def _rehearse(trainer: Any, task: Task, is_own: bool) -> None:
                 f"compute_metrics of task {task.name!r} returned {found!r:.60}, a "
                 f"{type(found).__name__}; needed is a dict of figures by name."
             )
+        _check_figures(found, task)
         figures |= found
     prefixed = {name if name.startswith(f"{_PREFIX}_") else f"{_PREFIX}_{name}": figure
                 for name, figure in figures.items()}  # fmt: skip
     score_of(task, figures_of(prefixed, _PREFIX))
+
+
+def _check_figures(found: Mapping[Any, Any], task: Task) -> None:
+    """Refuse what the trainer, or the score, could not take: a `TypeError`."""
+    for name, figure in found.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"compute_metrics of task {task.name!r} names a figure {name!r}, a "
+                f"{type(name).__name__}; needed is a string."
+            )
+        if name.removeprefix(f"{_PREFIX}_") == task.metric and single(figure) is None:
+            raise TypeError(
+                f"compute_metrics of task {task.name!r} gives {figure!r:.60} as its {name}, a "
+                f"{type(figure).__name__}, by which the task is scored; needed is one number."
+            )
 
 
 def _first_batch(trainer: Any, data: Any) -> Any:
@@ -121,9 +139,8 @@ def _first_batch(trainer: Any, data: Any) -> Any:
 
 
 def _metrics(trainer: Any, outputs: Any, labels: Any) -> Any:
-    """None where the trainer's loop would hand over something else."""
-    args = trainer.args
-    if args.batch_eval_metrics or args.include_for_metrics or not args.eval_do_concat_batches:
+    """None where they are told of the last batch alone."""
+    if trainer.args.batch_eval_metrics:
         return None
     if trainer.preprocess_logits_for_metrics is not None:
         outputs = trainer.preprocess_logits_for_metrics(outputs, labels)

@@ -22,6 +22,7 @@ from hf_ewc.tasks.checks import (
     check_score,
     check_sequence,
     check_tasks,
+    check_trains,
     check_types,
 )
 from hf_ewc.tasks.lambda_search import check_search
@@ -126,6 +127,7 @@ def run_tasks(
         after_task=after_task,
         **trainer_kwargs,
     )
+    check_trains(model)
     state = EWCState.from_pretrained(ewc_state) if isinstance(ewc_state, str) else ewc_state
     matrix = AccuracyMatrix(
         [task.name for task in tasks],

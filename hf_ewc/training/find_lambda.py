@@ -93,7 +93,8 @@ def find_lambda(
             given, evaluation returns no such metric, or no λ has a finite loss.
     """
     _check(trainer)
-    first = trainer.ewc_state.told_lambda() if first is None else first
+    told = trainer.ewc_state.told_lambda() if first is None else None
+    first = told if first is None else first
     first = number("first", first, low=0.0, open_low=True)
     lowest = number("lowest", lowest, low=0.0, open_low=True)
     give_up, alpha = number("give_up", give_up, low=0.0, high=1.0), number("alpha", alpha, low=0.0)
@@ -108,6 +109,7 @@ def find_lambda(
             by_improvement=lower,
             lowest=lowest,
             labels=trial.labels if metric == "accuracy" else 0,
+            told=told,
         )
         old: dict[float, float] = {}
         strength: float | None = 0.0
@@ -160,7 +162,7 @@ class _Trials:
         trainer, began = self._trainer, time.perf_counter()
         self.put_back()
         trainer.args, trainer.train_dataset = self.args, self._data
-        trainer.ewc_config = replace(self._config, ewc_lambda=strength)
+        trainer.ewc_config = replace(self._config, ewc_lambda=strength, fisher_data="train")
         trainer.ewc_state = self._state if strength else None
         set_seed(trainer.args.seed)
         trainer.train()

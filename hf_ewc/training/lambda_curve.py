@@ -13,6 +13,7 @@ LOWEST = 1.0
 GIVE_UP = 0.03  # of what plain training reaches on the new task
 SHARE = 0.4  # of a task's optimizer steps, for which a trial trains
 SURE = 1.645  # standard errors, by which a score has to lie below the limit to be refused
+TOLD = 200.0  # held-out labels, of which trials count as much as what the state tells
 NOTHING = 1e-3  # of the score before training: a gain up to that is none
 
 
@@ -66,6 +67,8 @@ class LambdaCurve:
             trainings: one that would go beyond is not made, and the λ that has kept most is used.
         chance: the share of the held-out examples that have the most frequent label, which takes no
             learning to get right; None where that is not known.
+        told: λ that the state tells, to which N labels hold the one that is chosen: log λ is told's
+            by TOLD / (N + TOLD) and the trials' by the rest. None: the trials alone count.
     """
 
     task: str
@@ -78,6 +81,7 @@ class LambdaCurve:
     labels: int = 0
     left: int | None = None
     chance: float | None = None
+    told: float | None = None
 
     @property
     def plain(self) -> Trial | None:
@@ -87,6 +91,19 @@ class LambdaCurve:
     @property
     def chosen(self) -> float | None:
         """λ to train with; None while it is looked for.
+
+        What few labels say of a short training is mostly chance: the fewer there are, the less it
+        is away from what the state tells.
+        """
+        found = self._found
+        if found is None or self.told is None or not self.labels or found == self.told:
+            return found
+        share = self.labels / (self.labels + TOLD)
+        return float(f"{self.told * (found / self.told) ** share:.2g}")
+
+    @property
+    def _found(self) -> float | None:
+        """What the trials say.
 
         Between a λ that failed and the next that passed it is where the straight line through both,
         of what is kept over log λ, comes to what has to be kept.

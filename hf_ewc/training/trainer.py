@@ -80,7 +80,8 @@ class EWCMixin(StateHolder):
         self._ewc_in_step = False
         self._ewc_own_step = OwnStep(self)
         super().__init__(*args, ewc_config=ewc_config, **kwargs)
-        self._ewc_held_out = hold_out(self) if self.ewc_config.fisher_data == "held_out" else None
+        self._ewc_data: tuple[Any, Any] = (None, None)  # what is trained on, and what is not
+        self._ewc_hold_out()
         self.add_callback(RunBegins(self._ewc_expect_run))
         if self._ewc_requested or ewc_state is not None:
             check_launch(self.accelerator.num_processes)
@@ -140,7 +141,8 @@ class EWCMixin(StateHolder):
         check_space(self._ewc_state, self._ewc_model, config.ewc_space)
         use_final_weights(self.optimizer)
         if fisher is None:
-            own_data = self.train_dataset if self._ewc_held_out is None else self._ewc_held_out
+            held_out = self._ewc_hold_out() if dataset is None else None
+            own_data = self.train_dataset if held_out is None else held_out
             data = own_data if dataset is None else dataset
             own = has_own_loss(self, EWCMixin) or self.compute_loss_func is not None
             own = own and not answers_for_itself(type(self))
@@ -175,6 +177,21 @@ class EWCMixin(StateHolder):
             self.ewc_state = finish()
         warn_of_vanished(self.ewc_state.tasks, self.is_world_process_zero())
         return self.ewc_state
+
+    def _ewc_hold_out(self) -> Any:
+        """Keep a part of the training data out of training, where the Fisher is to be of it.
+
+        Once for each data set that the trainer is given.
+
+        Returns:
+            That part; None where there is none.
+        """
+        if self.ewc_config.fisher_data != "held_out":
+            return None
+        if self._ewc_data[0] is None or self.train_dataset is not self._ewc_data[0]:
+            held_out = hold_out(self)
+            self._ewc_data = (self.train_dataset, held_out)
+        return self._ewc_data[1]
 
     # ---- Training ----
 
@@ -387,6 +404,7 @@ class EWCMixin(StateHolder):
         `resume_from_checkpoint=True` takes the newest checkpoint that was saved to its end.
         """
         refuse_another_model(self)
+        self._ewc_hold_out()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._ewc_resume(resume_from_checkpoint)
         with self._ewc_watching(), none_beyond_the_last_step(self):
