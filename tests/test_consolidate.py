@@ -363,3 +363,16 @@ def test_without_ewc_nothing_is_done_to_the_optimizer(tmp_path: Path) -> None:
     trainer.save_model()
     assert all(torch.equal(a, p) for a, p in zip(before, trainer.model.parameters(), strict=True))
     assert not EWCState()
+
+
+def test_a_state_that_lies_beside_new_weights_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = trainer_of(tmp_path)
+    first.consolidate()
+    first.save_model(str(tmp_path / "saved"))
+    assert "keeps the EWC state" not in caplog.text
+    kept = (tmp_path / "saved" / "ewc_state.json").read_bytes()
+    trainer_of(tmp_path).save_model(str(tmp_path / "saved"))
+    assert "saved keeps the EWC state of an earlier model" in caplog.text
+    assert (tmp_path / "saved" / "ewc_state.json").read_bytes() == kept

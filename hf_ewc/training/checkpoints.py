@@ -33,6 +33,11 @@ def store(state: EWCState, folder: Path, in_checkpoint: bool, write: bool) -> No
         state.save_pretrained(folder.parent if in_checkpoint else folder, is_main_process=write)
         if write and in_checkpoint:
             save_reference(folder.parent, folder)
+    elif write and not in_checkpoint and (folder / STATE_FILE).exists():
+        logger.warning(
+            "%s keeps the EWC state of an earlier model: the one that is saved there now has none.",
+            folder,
+        )
 
 
 def refer_to_weights(state: EWCState, folder: Path, write: bool) -> None:

@@ -13,7 +13,7 @@ LOWEST = 1.0
 GIVE_UP = 0.03  # of what plain training reaches on the new task
 SHARE = 0.4  # of a task's optimizer steps, for which a trial trains
 SURE = 1.645  # standard errors, by which a score has to lie below the limit to be refused
-TOLD = 200.0  # held-out labels, of which trials count as much as what the state tells
+TOLD = 200.0  # held-out labels whose trials count as much as what the state tells
 NOTHING = 1e-3  # of the score before training: a gain up to that is none
 
 
