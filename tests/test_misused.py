@@ -92,6 +92,15 @@ def test_parameters_that_are_none(parameters, known):
         EWCState().consolidate(known[1], parameters)
 
 
+def test_labels_that_are_no_tensor(known):
+    batch = {
+        "input_ids": torch.ones(2, 3, dtype=torch.long),
+        "labels": torch.tensor([0, 1]).numpy(),
+    }
+    with pytest.raises(ValueError, match="'labels' is a ndarray in a batch; needed is a tensor"):
+        estimate_fisher(known[0], [batch])
+
+
 def test_data_that_is_text(known):
     with pytest.raises(TypeError, match="data is 'abc'; give a data set"):
         estimate_fisher(known[0], "abc")
