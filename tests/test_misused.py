@@ -93,12 +93,12 @@ def test_parameters_that_are_none(parameters, known):
 
 
 def test_labels_that_are_no_tensor(known):
-    batch = {
-        "input_ids": torch.ones(2, 3, dtype=torch.long),
-        "labels": torch.tensor([0, 1]).numpy(),
-    }
+    def collate(rows):
+        ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
+        return {"input_ids": ids, "labels": torch.tensor([row["labels"] for row in rows]).numpy()}
+
     with pytest.raises(ValueError, match="'labels' is a ndarray in a batch; needed is a tensor"):
-        estimate_fisher(known[0], [batch])
+        estimate_fisher(known[0], Examples("bert", 4), data_collator=collate)
 
 
 def test_data_that_is_text(known):
