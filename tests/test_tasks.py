@@ -18,10 +18,12 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    default_data_collator,
     set_seed,
 )
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Task, run_tasks
+from hf_ewc.report.results import _sealed
 from hf_ewc.tasks.evaluation import accuracy
 from hf_ewc.tasks.scenario import guess_scenario, labels_in_rows_of, labels_of
 from tests.processes import FORKS
@@ -234,6 +236,54 @@ def test_it_goes_on_after_a_failure_and_does_nothing_when_done(tmp_path):
     assert again.matrix == whole.matrix
     assert again.state.num_tasks == 2
     assert (tmp_path / "cut" / "results.json").stat().st_mtime_ns == modified
+
+
+def plain_loss(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+
+def other_loss(outputs, labels, num_items_in_batch=None):
+    return 2 * plain_loss(outputs, labels)
+
+
+def collate(rows):
+    return default_data_collator(rows)
+
+
+SLOW, FAST = ((torch.optim.SGD, {"lr": rate}) for rate in (1e-3, 1e-1))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("optimizer_cls_and_kwargs", SLOW, FAST),
+        ("optimizer_cls_and_kwargs", SLOW, (torch.optim.Adam, {"lr": 1e-3})),
+        ("optimizer_cls_and_kwargs", None, SLOW),
+        ("compute_loss_func", plain_loss, other_loss),
+        ("data_collator", default_data_collator, collate),
+    ],
+)
+def test_other_arguments_of_the_trainer_make_another_run(name, first, second, tmp_path):
+    def run(value, tasks):
+        args = arguments(tmp_path, max_steps=1)
+        return run_tasks(vit(), tasks, args, **({} if value is None else {name: value}))
+
+    run(first, two_tasks()[:1])
+    with pytest.raises(ValueError, match=rf"(?s)other settings.*given\.{name}"):
+        run(second, two_tasks())
+    assert run(first, two_tasks()).matrix.num_learnt == 2
+
+
+def test_a_run_of_a_version_that_recorded_less_goes_on(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    run_tasks(vit(), two_tasks()[:1], args, optimizer_cls_and_kwargs=SLOW)
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    del content["checksum"], content["settings"]["given"], content["settings"]["own_args"]
+    text = json.dumps(content, indent=2)
+    path.write_bytes(_sealed(text.removeprefix("{\n").encode() + b"\n"))
+    again = run_tasks(vit(), two_tasks(), args, optimizer_cls_and_kwargs=SLOW)
+    assert again.matrix.num_learnt == 2
 
 
 def test_another_run_in_the_same_folder(tmp_path):

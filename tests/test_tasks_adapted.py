@@ -82,7 +82,7 @@ def run(folder: Path, trainer: Any = EWCSFTTrainer, seed: int = 5, **options: An
     return run_tasks(
         base,
         tasks(),
-        SFTConfig(output_dir=str(folder), max_length=16, **settings),
+        SFTConfig(output_dir=str(folder), max_length=options.pop("max_length", 16), **settings),
         ewc if trainer is EWCSFTTrainer else None,
         trainer_class=trainer,
         processing_class=tokenizer(),
@@ -113,6 +113,26 @@ def test_all_tasks_train_one_adapter(trainer: Any, whole: Any, tmp_path: Path) -
     assert size_of_b(result.model) == watch.ended[-1] > 0
     names = [name for name, _ in result.model.named_parameters() if "lora_A" in name]
     assert len(names) == len(set(names)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora_alpha": 64}, r"given\.peft_config\.lora_alpha: 8 there, 64 now"),
+        ({"target_modules": ["q_proj"]}, r"given\.peft_config\.target_modules"),
+        ({"use_rslora": True}, r"given\.peft_config\.use_rslora"),
+        (None, r"own_args\.max_length: 16 there, 8 now"),
+    ],
+)
+def test_another_adapter_makes_another_run(
+    changes: dict[str, Any] | None, named: str, whole: Any
+) -> None:
+    result, _ = whole
+    folder = result.output_dir
+    given = {**vars(adapter()), **changes} if changes else vars(adapter())
+    other = LoraConfig(**{k: given[k] for k in ("r", "lora_alpha", "target_modules", "use_rslora")})
+    with pytest.raises(ValueError, match=rf"(?s)other settings.*{named}"):
+        run(folder, peft_config=other, **({} if changes else {"max_length": 8}))
 
 
 def test_the_state_is_of_the_weights_without_an_adapter(whole: Any) -> None:

@@ -6,11 +6,12 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.names import class_name
@@ -56,6 +57,11 @@ RECORDED = (
 )
 _ROUNDING = 1e-3
 
+# Arguments of the trainer that change what is learnt.
+GIVEN = ("peft_config", "optimizer_cls_and_kwargs", "compute_loss_func")
+# Of an adapter's configuration: not what it does, but where it is from.
+_ORIGIN = ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping")
+
 # A run that stopped at the gate may go on with another; what is measured beside changes nothing.
 FREE = (*OF_THE_GATE, "kl_examples")
 
@@ -80,9 +86,37 @@ def settings_of(plan: Plan, model: nn.Module, state: EWCState | None = None) -> 
             name: value for name, value in plan.sequence.changes().items() if name not in FREE
         },
         "args": {name: getattr(plan.args, name, None) for name in RECORDED},
+        "own_args": _own_fields(plan.args),
+        "given": {
+            **{name: _described(plan.trainer_kwargs.get(name)) for name in GIVEN},
+            "data_collator": _described(plan.data_collator),
+            "log_likelihood": _described(plan.log_likelihood),
+        },
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
+
+
+def _own_fields(args: TrainingArguments) -> dict[str, Any]:
+    """What a trainer's own kind of arguments has beyond the Trainer's, such as TRL's."""
+    common = {field.name for field in fields(TrainingArguments)}
+    return {f.name: _described(getattr(args, f.name)) for f in fields(args) if f.name not in common}
+
+
+def _described(value: Any) -> Any:
+    """What can be compared of an object: numbers and words, a configuration, a name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "to_dict"):  # an adapter's
+        found = {name: _described(own) for name, own in value.to_dict().items()}
+        return {name: own for name, own in found.items() if name not in _ORIGIN}
+    if isinstance(value, Mapping):
+        return {str(name): _described(own) for name, own in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_described(own) for own in value]
+    return qualified_name(value) or type(value).__qualname__
 
 
 def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
@@ -140,6 +174,9 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
     if isinstance(found.get("args"), Mapping):
         found["args"] = wanted["args"] | dict(found["args"])
+    for name in ("own_args", "given"):
+        now = wanted.get(name)
+        found[name] = _of_both(found[name], now) if name in found else now
     # Not recorded by earlier versions; of the same state when its last digits alone are others.
     if "state" not in found or _is_same_state(found["state"], wanted.get("state")):
         found["state"] = wanted.get("state")
@@ -155,6 +192,15 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
             + ";\n".join(lines)
             + ".\nChoose another output_dir, or begin anew with resume=False (--resume false)."
         )
+
+
+def _of_both(found: Any, wanted: Any) -> Any:
+    """What was found of what is wanted; as it is wanted where other versions had no such entry."""
+    if not isinstance(wanted, Mapping) or not isinstance(found, Mapping):
+        return found
+    return {
+        name: _of_both(found[name], own) if name in found else own for name, own in wanted.items()
+    }
 
 
 def _is_same_state(found: Any, wanted: Any) -> bool:
