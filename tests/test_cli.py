@@ -212,6 +212,30 @@ def test_labels_of_one_of_a_recipes_tasks(names, label, row):
         _label(label, model)
 
 
+@pytest.mark.parametrize(
+    ("names", "label", "row"),
+    [
+        (["1", "2", "3"], 3, 2),
+        (["1", "2", "3"], 1.0, 0),
+        (["1", "2", "3"], 0, None),
+        (["a: 7", "b: 8"], 8, 1),
+        (["a: 7", "b: 7"], 7, None),
+        (["no", "yes"], 1, 1),
+    ],
+)
+@pytest.mark.parametrize("inverted", [True, False])
+def test_labels_by_names_that_are_numbers(names, label, row, inverted):
+    """Stars from 1 on are no rows from 0 on; and a configuration may have names by row alone."""
+    model = bert(num_labels=len(names))
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = None if inverted else {name: k for k, name in enumerate(names)}
+    if row is not None:
+        assert _label(label, model) == row
+        return
+    with pytest.raises(ValueError, match=re.escape(f"a label is '{label}'; the model has {names}")):
+        _label(label, model)
+
+
 @pytest.mark.parametrize("knows", [True, False], ids=["by name", "by number"])
 def test_classes_of_a_data_set_are_the_models_by_name_where_it_knows_them(knows, tmp_path):
     """The data counts them in another order."""

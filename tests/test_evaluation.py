@@ -1,5 +1,6 @@
 """What evaluation gives: which figures are kept, and scores that are no numbers."""
 
+import json
 import logging
 import math
 import os
@@ -158,7 +159,7 @@ def test_metrics_that_return_nothing_say_so(tmp_path):
     ("figures", "message"),
     [
         ({1: 0.5}, "names a figure 1, a int; needed is a string"),
-        ({"accuracy": None}, "gives None as its accuracy, a NoneType, by which the task is scored"),
+        ({"accuracy": "high"}, "gives 'high' as its accuracy, a str, by which the task is scored"),
         ({"eval_accuracy": [0.5]}, r"gives \[0.5\] as its eval_accuracy, a list"),
     ],
 )
@@ -167,6 +168,25 @@ def test_figures_that_are_no_score_say_so(figures, message, tmp_path):
         run_tasks(
             vit(), two_tasks(), arguments(tmp_path, max_steps=1), compute_metrics=lambda p: figures
         )
+
+
+def test_a_score_that_is_none_later_loses_no_run(tmp_path, caplog):
+    """As one that is no number: null, said once, and the same call goes on."""
+    calls = []
+
+    def metrics(prediction):
+        calls.append(1)
+        return {"accuracy": 0.5 if len(calls) < 4 else None, "f1": 0.1}
+
+    def run():
+        args = arguments(tmp_path, max_steps=1)
+        return run_tasks(vit(), two_tasks(), args, compute_metrics=metrics)
+
+    first = run()
+    assert np.isnan(first.matrix.scores).any()
+    assert "no finite number for accuracy on" in caplog.text
+    assert json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run().metrics == first.metrics
 
 
 def test_metrics_of_losses_and_inputs_beside(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from hf_ewc.cli.lengths import fitting_length
 from hf_ewc.cli.models import pretrained
 from hf_ewc.cli.sources import READERS, from_file
 from hf_ewc.tasks.token_scores import is_causal
+
+_NUMERAL = re.compile(r"(^|: )-?\d+$")  # the name of a class, also behind that of its task
 
 
 def examples(model: Any, given: argparse.Namespace) -> tuple[Any, Any]:
@@ -139,12 +142,18 @@ def _check_texts(data: Any, columns: list[str], where: str) -> None:
 def _names(data: Any, label: str, model: Any) -> list[str]:
     """Of the classes of a column by number, where the model knows them by name; else none."""
     found: list[str] = getattr(data.features[label], "names", None) or []
-    known = model.config.label2id or {}
+    known = _known(model)
     return found if any(_row(name, known) is not None for name in found) else []
 
 
 def _named(value: Any, names: list[str]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _known(model: Any) -> dict[str, int]:
+    """The rows of the head by their names; a configuration may have them one way round alone."""
+    config = model.config
+    return config.label2id or {name: int(row) for row, name in (config.id2label or {}).items()}
 
 
 def _row(name: str, known: Mapping[str, int]) -> int | None:
@@ -164,7 +173,13 @@ def _label(value: Any, model: Any) -> int | float:
             f"a label is {value!r:.60}; needed is one name or number for each example. For labels "
             "of tokens, or several of an example, use hf_ewc.estimate_fisher on tokenized data."
         )
-    known = model.config.label2id or {}
+    known = _known(model)
+    several = model.config.num_labels > 1 and not isinstance(value, bool)
+    by_name = several and known and all(map(_NUMERAL.search, known))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as a table has them where some are missing
+    if isinstance(value, int) and by_name:  # "1" to "5" may be the rows 0 to 4
+        value = str(value)
     if isinstance(value, str):
         value = value.strip()
         if (row := _row(value, known)) is not None:
@@ -172,8 +187,6 @@ def _label(value: Any, model: Any) -> int | float:
         raise ValueError(f"a label is {value!r}; the model has {[*known]}.")
     if model.config.num_labels == 1:
         return float(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # as a table has them where some are missing
     if isinstance(value, float):
         return value
     if not 0 <= value < model.config.num_labels:

@@ -50,7 +50,7 @@ def evaluate(
         prefix = f"eval_{task.name}"
         with all_of_its_own_data(trainer), scoring(trainer, task, plan, collator), space.of(task):
             metrics = trainer.evaluate(task.eval_dataset, metric_key_prefix=prefix)
-        found[task.name] = figures_of(metrics, prefix)
+        found[task.name] = figures_with_score(metrics, prefix, task)
     return found
 
 
@@ -85,6 +85,14 @@ def figures_of(metrics: Mapping[str, Any], prefix: str) -> Figures:
         for key, value in found.items()
         if key not in _TIMINGS and not key.startswith("mem_") and value is not None
     }
+
+
+def figures_with_score(metrics: Mapping[str, Any], prefix: str, task: Task) -> Figures:
+    """As `figures_of`, with the task's score also where the metrics leave it at None."""
+    figures = figures_of(metrics, prefix)
+    if metrics.get(f"{prefix}_{task.metric}", 0) is None:
+        figures[task.metric] = None
+    return figures
 
 
 def single(value: Any) -> float | int | None:

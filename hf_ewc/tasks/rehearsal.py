@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import nested_numpify
 
 from hf_ewc.parameters.names import unwrap
 from hf_ewc.parameters.sharding import is_sharded
-from hf_ewc.tasks.evaluation import NoLabels, figures_of, scoring, single
+from hf_ewc.tasks.evaluation import NoLabels, figures_with_score, scoring, single
 from hf_ewc.tasks.label_space import LabelSpace
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Task, score_of
@@ -110,7 +110,7 @@ def _rehearse(trainer: Any, task: Task, is_own: bool) -> None:
         figures |= found
     prefixed = {name if name.startswith(f"{_PREFIX}_") else f"{_PREFIX}_{name}": figure
                 for name, figure in figures.items()}  # fmt: skip
-    score_of(task, figures_of(prefixed, _PREFIX))
+    score_of(task, figures_with_score(prefixed, _PREFIX, task))
 
 
 def _check_figures(found: Mapping[Any, Any], task: Task) -> None:
@@ -121,7 +121,8 @@ def _check_figures(found: Mapping[Any, Any], task: Task) -> None:
                 f"compute_metrics of task {task.name!r} names a figure {name!r}, a "
                 f"{type(name).__name__}; needed is a string."
             )
-        if name.removeprefix(f"{_PREFIX}_") == task.metric and single(figure) is None:
+        is_score = name.removeprefix(f"{_PREFIX}_") == task.metric
+        if is_score and figure is not None and single(figure) is None:
             raise TypeError(
                 f"compute_metrics of task {task.name!r} gives {figure!r:.60} as its {name}, a "
                 f"{type(figure).__name__}, by which the task is scored; needed is one number."
