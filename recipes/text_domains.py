@@ -130,7 +130,7 @@ def examples_of(
         ValueError: something is neither text nor chat, or there is nothing to learn from.
     """
     where, values, tools = domain.read(part)
-    chats = [_chat(value, own) for value, own in zip(values, tools, strict=True)]
+    chats = map(_chat, values, tools)
     found = []
     for ids in _tokens(where, domain.text, chats, tokenizer, size, whole):
         if len(ids) > 1:  # of one token alone there is nothing to predict

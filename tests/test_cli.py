@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_ewc import AccuracyMatrix, EWCState, Fisher, estimate_fisher
 from hf_ewc.cli import main
-from hf_ewc.cli.data import _label
+from hf_ewc.cli.data import _label, _numbering
 from hf_ewc.cli.fisher_command import FISHER_TYPES
 from hf_ewc.importance import FISHER_TYPES as KNOWN
 from hf_ewc.report import read_outcomes, write_report
@@ -229,11 +229,23 @@ def test_labels_by_names_that_are_numbers(names, label, row, inverted):
     model = bert(num_labels=len(names))
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = None if inverted else {name: k for k, name in enumerate(names)}
+    number_of = _numbering(datasets.Dataset.from_dict({"label": [label]}), "label", model)
     if row is not None:
-        assert _label(label, model) == row
+        assert number_of(label) == row
         return
     with pytest.raises(ValueError, match=re.escape(f"a label is '{label}'; the model has {names}")):
-        _label(label, model)
+        number_of(label)
+
+
+def test_numbers_of_classes_are_no_names():
+    """A column of classes counts them from 0 on, whatever the model calls its rows."""
+    model = bert(num_labels=2)
+    model.config.label2id = {"1": 0, "2": 1}
+    for classes, rows in ((["1 star", "2 stars"], [0, 1]), (["2", "1"], [1, 0])):
+        kinds = datasets.Features(label=datasets.ClassLabel(names=classes))
+        data = datasets.Dataset.from_dict({"label": [0, 1]}, kinds)
+        number_of = _numbering(data, "label", model)
+        assert [number_of(0), number_of(1)] == rows
 
 
 @pytest.mark.parametrize("knows", [True, False], ids=["by name", "by number"])

@@ -202,6 +202,26 @@ def test_a_model_of_which_nothing_trains(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_is_frozen_between_tasks(tmp_path):
+    def freeze(trainer, task, results):
+        trainer.model.requires_grad_(False)
+
+    args = arguments(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        run_tasks(vit(), two_tasks(), args, after_task=freeze)
+    assert run_tasks(vit(), two_tasks(), args).matrix.num_learnt == 2  # the first one is kept
+
+
+def test_heads_of_their_own_over_a_model_that_is_frozen(tmp_path):
+    model = vit().requires_grad_(False)
+    before = {name: p.clone() for name, p in model.vit.named_parameters()}
+    tasks = [replace(task, classes=None, head=4) for task in two_tasks()]
+    found = run_tasks(model, tasks, arguments(tmp_path, max_steps=2))
+    assert found.matrix.num_learnt == 2
+    after = dict(found.model.vit.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 class Counting:
     """Adds up over the batches of an evaluation, and returns figures with the last alone."""
 

@@ -118,6 +118,7 @@ def test_few_labels_leave_lambda_near_what_the_state_tells(labels, chosen):
     monotonous = curve_of(scores, told=1e4, labels=labels, give_up=0.0)
     assert monotonous.chosen == chosen
     assert f"λ = {chosen:g}" in monotonous.in_words()
+    assert ("The trials alone would say 10;" in monotonous.in_words()) == (chosen != 10)
     assert curve_of(scores, told=None, labels=labels, give_up=0.0).chosen == 10
     assert curve_of({0: 1.0, 1e4: 1.0}, told=1e4, labels=labels).chosen == 1e4
 

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from hf_ewc import EWCConfig, EWCState, EWCTrainer, Task, run_tasks
-from hf_ewc.report.results import _sealed
 from hf_ewc.tasks.evaluation import accuracy
 from hf_ewc.tasks.scenario import guess_scenario, labels_in_rows_of, labels_of
 from tests.processes import FORKS
+from tests.test_results import sealed
 
 SIZES = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -280,8 +280,7 @@ def test_a_run_of_a_version_that_recorded_less_goes_on(tmp_path):
     path = tmp_path / "results.json"
     content = json.loads(path.read_text())
     del content["checksum"], content["settings"]["given"], content["settings"]["own_args"]
-    text = json.dumps(content, indent=2)
-    path.write_bytes(_sealed(text.removeprefix("{\n").encode() + b"\n"))
+    sealed(path, content)
     again = run_tasks(vit(), two_tasks(), args, optimizer_cls_and_kwargs=SLOW)
     assert again.matrix.num_learnt == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def size_of_b(model: Any) -> float:
 
 
 def adapter() -> LoraConfig:
-    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 8})
 
 
 def tasks() -> list[Task]:
@@ -68,7 +69,7 @@ def tasks() -> list[Task]:
 
 def run(folder: Path, trainer: Any = EWCSFTTrainer, seed: int = 5, **options: Any) -> Any:
     set_seed(seed)  # of what a user does before: it has no part in the adapter
-    base = small_llama()
+    base = small_llama().requires_grad_(not options.pop("frozen", False))
     options.setdefault("peft_config", adapter())
     ewc = EWCConfig(ewc_lambda=1.0, ewc_space="weight", fisher_type="empirical")
     settings = {
@@ -121,6 +122,7 @@ def test_all_tasks_train_one_adapter(trainer: Any, whole: Any, tmp_path: Path) -
         ({"lora_alpha": 64}, r"given\.peft_config\.lora_alpha: 8 there, 64 now"),
         ({"target_modules": ["q_proj"]}, r"given\.peft_config\.target_modules"),
         ({"use_rslora": True}, r"given\.peft_config\.use_rslora"),
+        ({"alpha_pattern": {}}, r"given\.peft_config\.alpha_pattern"),
         (None, r"own_args\.max_length: 16 there, 8 now"),
     ],
 )
@@ -129,10 +131,16 @@ def test_another_adapter_makes_another_run(
 ) -> None:
     result, _ = whole
     folder = result.output_dir
-    given = {**vars(adapter()), **changes} if changes else vars(adapter())
-    other = LoraConfig(**{k: given[k] for k in ("r", "lora_alpha", "target_modules", "use_rslora")})
+    options = {} if changes else {"max_length": 8}
+    other = replace(adapter(), **(changes or {}))
     with pytest.raises(ValueError, match=rf"(?s)other settings.*{named}"):
-        run(folder, peft_config=other, **({} if changes else {"max_length": 8}))
+        run(folder, peft_config=other, **options)
+
+
+def test_an_adapter_on_a_model_that_is_frozen(tmp_path: Path) -> None:
+    """As one that is prepared for training in few bits: the trainer adds what is trained."""
+    result = run(tmp_path, frozen=True)
+    assert result.matrix.num_learnt == 3
 
 
 def test_the_state_is_of_the_weights_without_an_adapter(whole: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
     texts = given.text or _text_columns(data, label)
     _check_columns(data, texts)
     _check_texts(data, texts[:2], given.data)
-    names = [] if label is None else _names(data, label, model)
+    number_of = None if label is None else _numbering(data, label, model)
     longest = fitting_length(
         "--max_length", given.max_length, tokenizer, model.config, texts=len(texts[:2])
     )
@@ -77,8 +77,8 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
     def prepared(rows: dict[str, list[Any]]) -> dict[str, Any]:
         columns = (rows[name] for name in texts[:2])
         found = dict(tokenizer(*columns, truncation=True, max_length=longest))
-        if label is not None:
-            found["labels"] = [_label(_named(value, names), model) for value in rows[label]]
+        if number_of is not None:
+            found["labels"] = [number_of(value) for value in rows[label]]
         else:
             found["labels"] = [list(ids) for ids in found["input_ids"]]
         return found
@@ -94,13 +94,12 @@ def _of_images(data: Any, image: str, model: Any, given: argparse.Namespace) -> 
     """Pixels and the label's number, prepared as they are asked for."""
     processor = pretrained(transformers.AutoImageProcessor, given.model)
     label = _label_column(data, given.label)
-    names = _names(data, label, model)
+    number_of = _numbering(data, label, model)
     mode = {1: "L", 3: "RGB"}.get(getattr(model.config, "num_channels", 3), "RGB")
 
     def prepared(rows: dict[str, list[Any]]) -> dict[str, Any]:
         pixels = processor([picture.convert(mode) for picture in rows[image]], return_tensors="pt")
-        labels = [_label(_named(value, names), model) for value in rows[label]]
-        return {**pixels, "labels": labels}
+        return {**pixels, "labels": [number_of(value) for value in rows[label]]}
 
     return data.with_transform(prepared), None
 
@@ -139,15 +138,28 @@ def _check_texts(data: Any, columns: list[str], where: str) -> None:
                 )
 
 
-def _names(data: Any, label: str, model: Any) -> list[str]:
-    """Of the classes of a column by number, where the model knows them by name; else none."""
-    found: list[str] = getattr(data.features[label], "names", None) or []
+def _numbering(data: Any, label: str, model: Any) -> Callable[[Any], int | float]:
+    """What makes the label's number in the model's head of a value in the column.
+
+    A column of classes has their numbers in its own order, and they are taken by name where the
+    model knows one of them. A number that is written there is a name where all the model's names
+    are numbers: "1" to "5" may be the rows 0 to 4.
+    """
     known = _known(model)
-    return found if any(_row(name, known) is not None for name in found) else []
+    classes: list[str] = getattr(data.features[label], "names", None) or []
+    is_named = any(_row(name, known) is not None for name in classes)
+    several = model.config.num_labels > 1
+    in_numerals = not classes and several and all(map(_NUMERAL.search, known))
 
+    def number_of(value: Any) -> int | float:
+        is_whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+        if is_named and isinstance(value, int) and 0 <= value < len(classes):
+            value = classes[value]
+        elif in_numerals and is_whole:
+            value = str(int(value))
+        return _label(value, model)
 
-def _named(value: Any, names: list[str]) -> Any:
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+    return number_of
 
 
 def _known(model: Any) -> dict[str, int]:
@@ -174,12 +186,6 @@ def _label(value: Any, model: Any) -> int | float:
             "of tokens, or several of an example, use hf_ewc.estimate_fisher on tokenized data."
         )
     known = _known(model)
-    several = model.config.num_labels > 1 and not isinstance(value, bool)
-    by_name = several and known and all(map(_NUMERAL.search, known))
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # as a table has them where some are missing
-    if isinstance(value, int) and by_name:  # "1" to "5" may be the rows 0 to 4
-        value = str(value)
     if isinstance(value, str):
         value = value.strip()
         if (row := _row(value, known)) is not None:
@@ -187,6 +193,8 @@ def _label(value: Any, model: Any) -> int | float:
         raise ValueError(f"a label is {value!r}; the model has {[*known]}.")
     if model.config.num_labels == 1:
         return float(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as a table has them where some are missing
     if isinstance(value, float):
         return value
     if not 0 <= value < model.config.num_labels:

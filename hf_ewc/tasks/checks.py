@@ -11,9 +11,11 @@ from transformers import TrainingArguments
 from hf_ewc.config import EWCConfig
 from hf_ewc.config.checked import number
 from hf_ewc.fisher.examples.kinds import check_kind, check_label_numbers
+from hf_ewc.tasks.adapting import lacks_adapter
 from hf_ewc.tasks.arguments import check_run
 from hf_ewc.tasks.heads import heads_of, key_of
 from hf_ewc.tasks.named_metrics import NamedMetrics
+from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.run_folder import safe_name
 from hf_ewc.tasks.scenario import SCENARIOS, labels_in_rows_of, labels_of
 from hf_ewc.tasks.sequence_config import SequenceConfig
@@ -172,8 +174,10 @@ def check_types(tasks: Any, args: Any, config: Any, sequence: Any) -> None:
         )
 
 
-def check_trains(model: nn.Module) -> None:
+def check_trains(model: nn.Module, plan: Plan) -> None:
     """Refuse a model of which nothing would be learnt: a `ValueError`."""
+    if lacks_adapter(model, plan):
+        return
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "no parameter of the model requires a gradient, so that nothing would be learnt; call "

@@ -127,7 +127,8 @@ def run_tasks(
         after_task=after_task,
         **trainer_kwargs,
     )
-    check_trains(model)
+    if not any(task.head is not None for task in tasks):  # which would be put on it first
+        check_trains(model, plan)
     state = EWCState.from_pretrained(ewc_state) if isinstance(ewc_state, str) else ewc_state
     matrix = AccuracyMatrix(
         [task.name for task in tasks],

@@ -174,9 +174,11 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         found["ewc_config"] = asdict(EWCConfig()) | dict(found["ewc_config"])
     if isinstance(found.get("args"), Mapping):
         found["args"] = wanted["args"] | dict(found["args"])
-    for name in ("own_args", "given"):
-        now = wanted.get(name)
-        found[name] = _of_both(found[name], now) if name in found else now
+    found["own_args"] = _of_both(found.get("own_args", {}), wanted.get("own_args"))
+    found["given"] = _of_both(found.get("given", {}), wanted.get("given"))
+    if isinstance(found["given"], dict):
+        adapter = "peft_config"
+        found["given"][adapter] = _of_both(found["given"][adapter], wanted["given"][adapter])
     # Not recorded by earlier versions; of the same state when its last digits alone are others.
     if "state" not in found or _is_same_state(found["state"], wanted.get("state")):
         found["state"] = wanted.get("state")
@@ -195,12 +197,10 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
 
 
 def _of_both(found: Any, wanted: Any) -> Any:
-    """What was found of what is wanted; as it is wanted where other versions had no such entry."""
+    """The entries that are wanted, as they were found; other versions had others."""
     if not isinstance(wanted, Mapping) or not isinstance(found, Mapping):
         return found
-    return {
-        name: _of_both(found[name], own) if name in found else own for name, own in wanted.items()
-    }
+    return {name: found.get(name, own) for name, own in wanted.items()}
 
 
 def _is_same_state(found: Any, wanted: Any) -> bool:

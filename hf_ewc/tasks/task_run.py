@@ -26,6 +26,7 @@ from hf_ewc.tasks.adapting import lacks_adapter
 from hf_ewc.tasks.aftermath import aftermath
 from hf_ewc.tasks.beginning import Beginning
 from hf_ewc.tasks.blueprint import Blueprint, check_saves_whole
+from hf_ewc.tasks.checks import check_trains
 from hf_ewc.tasks.divergence import Divergence, in_words
 from hf_ewc.tasks.evaluation import evaluate, warn_of_lost
 from hf_ewc.tasks.fishers import fishers_of
@@ -237,6 +238,7 @@ class TaskRun:
         if self._beginning is not None and index:
             self._begin_again(self._beginning)
         self.space.put(self.plan.tasks[index])
+        check_trains(self.model, self.plan)
         self.growth.begin(index, self.model)
         self.protection.grow(self.model, self.growth.old(index))
         data = training_data(self.plan, index, self.space)

@@ -238,6 +238,11 @@ class LambdaCurve:
             limit += f", but for the noise of {self.labels} labels,"
         why = "" if self.passed else " No λ that was tried kept that much; this one kept most."
         why += " Plain training had taught nothing." if self.taught_nothing else ""
+        if self.chosen != self._found:
+            why += (
+                f" The trials alone would say {self._found:g}; so few labels leave it near the "
+                f"{self.told:g} that the state tells."
+            )
         return (
             f"λ = {self.chosen:g} for task {self.task!r}: of what plain training reaches on it, "
             f"{limit} is to be kept ({tried}; {self.seconds:.1f} s).{why}"

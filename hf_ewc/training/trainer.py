@@ -141,9 +141,7 @@ class EWCMixin(StateHolder):
         check_space(self._ewc_state, self._ewc_model, config.ewc_space)
         use_final_weights(self.optimizer)
         if fisher is None:
-            held_out = self._ewc_hold_out() if dataset is None else None
-            own_data = self.train_dataset if held_out is None else held_out
-            data = own_data if dataset is None else dataset
+            data = self._ewc_hold_out() if dataset is None else dataset
             own = has_own_loss(self, EWCMixin) or self.compute_loss_func is not None
             own = own and not answers_for_itself(type(self))
             if log_likelihood is None and not own and self.is_world_process_zero():
@@ -179,19 +177,17 @@ class EWCMixin(StateHolder):
         return self.ewc_state
 
     def _ewc_hold_out(self) -> Any:
-        """Keep a part of the training data out of training, where the Fisher is to be of it.
+        """The data that the Fisher is of: all that is trained on, or a part kept out of training.
 
-        Once for each data set that the trainer is given.
-
-        Returns:
-            That part; None where there is none.
+        That part is taken out once of each data set that the trainer is given.
         """
         if self.ewc_config.fisher_data != "held_out":
-            return None
-        if self._ewc_data[0] is None or self.train_dataset is not self._ewc_data[0]:
+            return self.train_dataset
+        trained_on, held_out = self._ewc_data
+        if trained_on is None or self.train_dataset is not trained_on:
             held_out = hold_out(self)
             self._ewc_data = (self.train_dataset, held_out)
-        return self._ewc_data[1]
+        return held_out
 
     # ---- Training ----
 
