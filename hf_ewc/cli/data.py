@@ -77,7 +77,7 @@ def _of_texts(data: Any, model: Any, given: argparse.Namespace) -> tuple[Any, An
     def prepared(rows: dict[str, list[Any]]) -> dict[str, Any]:
         columns = (rows[name] for name in texts[:2])
         found = dict(tokenizer(*columns, truncation=True, max_length=longest))
-        if number_of is not None:
+        if label is not None and number_of is not None:
             found["labels"] = [number_of(value) for value in rows[label]]
         else:
             found["labels"] = [list(ids) for ids in found["input_ids"]]
