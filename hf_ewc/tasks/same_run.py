@@ -57,8 +57,9 @@ RECORDED = (
 )
 _ROUNDING = 1e-3
 
+ADAPTER = "peft_config"
 # Arguments of the trainer that change what is learnt.
-GIVEN = ("peft_config", "optimizer_cls_and_kwargs", "compute_loss_func")
+GIVEN = (ADAPTER, "optimizer_cls_and_kwargs", "compute_loss_func")
 # Of an adapter's configuration: not what it does, but where it is from.
 _ORIGIN = ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping")
 
@@ -176,9 +177,6 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         found["args"] = wanted["args"] | dict(found["args"])
     found["own_args"] = _of_both(found.get("own_args", {}), wanted.get("own_args"))
     found["given"] = _of_both(found.get("given", {}), wanted.get("given"))
-    if isinstance(found["given"], dict):
-        adapter = "peft_config"
-        found["given"][adapter] = _of_both(found["given"][adapter], wanted["given"][adapter])
     # Not recorded by earlier versions; of the same state when its last digits alone are others.
     if "state" not in found or _is_same_state(found["state"], wanted.get("state")):
         found["state"] = wanted.get("state")
@@ -197,10 +195,13 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
 
 
 def _of_both(found: Any, wanted: Any) -> Any:
-    """The entries that are wanted, as they were found; other versions had others."""
+    """The entries that are wanted, as they were found; other versions, and PEFT's, had others."""
     if not isinstance(wanted, Mapping) or not isinstance(found, Mapping):
         return found
-    return {name: found.get(name, own) for name, own in wanted.items()}
+    known = {name: found.get(name, own) for name, own in wanted.items()}
+    if ADAPTER in known:
+        known[ADAPTER] = _of_both(known[ADAPTER], wanted[ADAPTER])
+    return known
 
 
 def _is_same_state(found: Any, wanted: Any) -> bool:
