@@ -85,7 +85,7 @@ def arguments(folder: Path, epochs: float) -> TrainingArguments:
 def by_loop(folder: Path, epochs: float) -> torch.nn.Module:
     set_seed(0)
     model = small_vit()
-    for index, task in enumerate(digit_tasks()):
+    for index, task in enumerate(digit_tasks(validation=False)):
         args = arguments(folder, epochs)
         args.seed += index
         Trainer(model=model, args=args, train_dataset=task.train_dataset).train()
@@ -94,7 +94,7 @@ def by_loop(folder: Path, epochs: float) -> torch.nn.Module:
 
 def by_run_tasks(folder: Path, epochs: float) -> torch.nn.Module:
     set_seed(0)
-    tasks = digit_tasks()
+    tasks = digit_tasks(validation=False)
     return run_tasks(small_vit(), tasks, arguments(folder, epochs), mask_training=False).model
 
 

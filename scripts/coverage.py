@@ -25,6 +25,7 @@ import collections
 import copy
 import json
 import multiprocessing
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -262,13 +263,16 @@ def run(pairs: list[tuple[str, str]], output: Path, processes: int, seconds: flo
     """Examine the pairs that the output does not hold yet, and write each result as it comes."""
     results = json.loads(output.read_text())["pairs"] if output.exists() else {}
     left = [pair for pair in pairs if "/".join(pair) not in results]
+    one_at_a_time = threading.Lock()
 
     def examine_share(share: list[tuple[str, str]]) -> None:
         worker = Worker(seconds)
         for pair in share:
-            results["/".join(pair)] = found = worker.examine(pair)
+            found = worker.examine(pair)
             print(f"{found['status']:9} {pair[0]} {pair[1]} {found['why'][:160]}", flush=True)
-            write(results, output)
+            with one_at_a_time:
+                results["/".join(pair)] = found
+                write(results, output)
         worker.end()
 
     with ThreadPoolExecutor(processes) as pool:
@@ -284,7 +288,6 @@ def counts(results: dict[str, dict[str, str]]) -> dict[str, int]:
 
 
 def write(results: dict[str, dict[str, str]], output: Path) -> None:
-    results = dict(results)
     text = json.dumps({"counts": counts(results), "pairs": dict(sorted(results.items()))}, indent=1)
     beside = output.with_name(output.name + ".new")
     beside.write_text(text + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -50,3 +51,13 @@ def test_the_loss_says_how_many_labels_it_is_a_mean_over():
     assert (
         coverage.number_of_labels({"loss": 2 * mean, "logits": logits}, {"labels": labels}) is None
     )
+
+
+def test_every_result_is_written_where_many_come_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        coverage.Worker, "examine", lambda self, pair: {"status": "fast", "why": ""}
+    )
+    pairs = [(f"type {i}", "HEAD") for i in range(200)]
+    coverage.run(pairs, tmp_path / "coverage.json", processes=8, seconds=1.0)
+    written = json.loads((tmp_path / "coverage.json").read_text())
+    assert written["counts"]["fast"] == len(written["pairs"]) == 200

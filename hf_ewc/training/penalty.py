@@ -19,7 +19,7 @@ from hf_ewc.training import adapted_term
 from hf_ewc.training.adapted_term import AdaptedTerm
 from hf_ewc.training.fused import Piece, value_and_gradient
 from hf_ewc.training.gradients import gradient_of
-from hf_ewc.training.small import SmallTensor, is_small, scratch_size
+from hf_ewc.training.small import SmallTensor, is_small
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _small_tensors(terms: Sequence[AnyTerm], numbers: Iterable[int]) -> dict[int
         and term.index is None
         and is_small(term.parameter, term.importance, term.anchor)
     }
-    scratch = torch.empty(max((scratch_size(term.parameter) for term in small.values()), default=0))
+    scratch = torch.empty(max((term.parameter.numel() for term in small.values()), default=0))
     return {
         i: SmallTensor(t.parameter, t.importance, t.anchor, t.strength * t.scale, scratch)
         for i, t in small.items()
