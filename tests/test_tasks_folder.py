@@ -564,3 +564,16 @@ def test_a_state_that_comes_later_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="state: "):
         run_tasks(vit(), two_tasks(), args, CONFIG, ewc_state=trainer.consolidate(name="before"))
+
+
+def test_a_run_stays_in_its_folder_where_a_users_function_changes_the_directory(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = run("run", after_task=lambda *given: os.chdir(tmp_path / "elsewhere"))
+    assert result.output_dir == tmp_path / "run"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "run/report.md").exists()
+    kept = sorted(path.parent.name for path in (tmp_path / "run").glob("*/final"))
+    assert kept == ["01-0-or-1", "02-2-or-3"]

@@ -116,7 +116,7 @@ def compare_methods(
     }
     for method in resolved.values():
         planned(tasks, method.args, **_of_plan(method.options))
-    folder = Path(str(args.output_dir))
+    folder = Path(str(args.output_dir)).absolute()
     _check_folder(folder)
     _ = args.device  # sets up the process group, if there is to be one
     runs: dict[str, dict[int, Outcome]] = {name: {} for name in resolved}

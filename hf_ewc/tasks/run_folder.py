@@ -55,7 +55,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, tasks: Sequence[Task]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # also where a user's function changes the directory
         self.results = self.path / "results.json"
         self._names = [safe_name(task.name) for task in tasks]
 

@@ -143,7 +143,7 @@ class SequenceTracker(TrainerCallback):
 
     def _name_run(self) -> None:
         """Let a run that goes on be found again: by its folder in TensorBoard, else by its name."""
-        folder = Path(str(self.args.output_dir))
+        folder = Path(str(self.args.output_dir)).absolute()
         name = _identifier(folder, self._is_resumed)
         if self.args.run_name is None:
             self.args.run_name = name
