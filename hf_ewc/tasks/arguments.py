@@ -89,6 +89,7 @@ def check_run(args: TrainingArguments, tasks: Sequence[Task], trainer_class: typ
     """Refuse settings of a run with which a task could not be trained: a `ValueError`."""
     of_run = {name: getattr(args, name) for name in (*_AT_LEAST_ONE, "learning_rate")}
     _check_numbers(of_run, TrainingArguments, "the run")
+    check_seed(args.seed, tasks)
     schedules = getattr(trainer_class, "create_scheduler", None)
     if args.lr_scheduler_kwargs and schedules is Trainer.create_scheduler:
         _check_optimizer(args, {"lr_scheduler_kwargs": args.lr_scheduler_kwargs}, "the run")
@@ -101,6 +102,16 @@ def check_run(args: TrainingArguments, tasks: Sequence[Task], trainer_class: typ
                 f"task {task.name!r} has {found}, by which it would be trained for no step; needed "
                 "is more than 0 of one."
             )
+
+
+def check_seed(seed: int, tasks: Sequence[Task]) -> None:
+    """Refuse a seed of a run that is none for one of its tasks, each of which has the next one."""
+    last = 2**32 - len(tasks)
+    if not 0 <= seed <= last:
+        raise ValueError(
+            f"seed is {seed!r}; allowed is 0 to {last}, since each task has the next one, and "
+            "2**32 - 1 is the largest there is."
+        )
 
 
 def _check_optimizer(args: TrainingArguments, given: Mapping[str, Any], owner: str) -> None:
@@ -136,8 +147,9 @@ def arguments_of(task: Task, args: TrainingArguments, index: int, folder: str) -
     """The run's arguments with the task's own settings, folder and seed.
 
     They report to nothing: trackers see one run for all tasks, by the `SequenceTracker`. They push
-    nothing: the last model goes to the Hub in the end, by its `Repository`.
+    nothing: the last model goes to the Hub in the end, by its `Repository`. A task that goes on
+    from a checkpoint has its callbacks as they were there, such as the patience of early stopping.
     """
     own = own_arguments(task, args)
     run = {"output_dir": folder, "seed": args.seed + index, "report_to": [], "push_to_hub": False}
-    return with_settings(args, {**own, **run})
+    return with_settings(args, {**own, **run, "restore_callback_states_from_checkpoint": True})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ewc.fisher.untouched import preserved_random_states
+from hf_ewc.parameters.sharding import local_part
 from hf_ewc.training.held_out import has_rows
 
 _EXAMPLES = 64
@@ -37,6 +38,12 @@ def of_model(model: nn.Module) -> str:
     return _of_values([repr(model), settings])
 
 
+def of_weights(model: nn.Module) -> str:
+    """Of a few numbers of each parameter, as a process has them."""
+    parts = [local_part(p).detach().reshape(-1) for p in model.parameters()]
+    return _of_values([part[:: max(1, len(part) // _EXAMPLES)] for part in parts])
+
+
 def _of_values(values: Any) -> str:
     digest = hashlib.sha256()
     _add(digest, values)
@@ -56,7 +63,8 @@ def _add(digest: Any, value: Any) -> None:
     elif isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         if value.layout == torch.strided and not value.is_meta:
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            flat = value.detach().cpu().reshape(-1).contiguous()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray) and value.dtype != object:
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(value.tobytes())

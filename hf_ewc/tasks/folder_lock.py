@@ -43,7 +43,8 @@ def _lock(descriptor: int, folder: Path) -> None:
     except ImportError:  # on Windows
         return
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not `lockf`, whose lock ends when this process has opened and closed the file elsewhere.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise _in_use(folder) from None
     except OSError:

@@ -18,7 +18,7 @@ from hf_ewc.config.checked import integer
 from hf_ewc.report import Outcome, summary_table, write_report
 from hf_ewc.report.results import read_outcomes
 from hf_ewc.state.by_layer import importance_by_layer
-from hf_ewc.tasks.arguments import checked, with_settings
+from hf_ewc.tasks.arguments import check_seed, checked, with_settings
 from hf_ewc.tasks.checks import LONGEST_NAME
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process
@@ -116,6 +116,8 @@ def compare_methods(
     }
     for method in resolved.values():
         planned(tasks, method.args, **_of_plan(method.options))
+    for seed in seeds:
+        check_seed(seed, tasks)
     folder = Path(str(args.output_dir)).absolute()
     _check_folder(folder)
     _ = args.device  # sets up the process group, if there is to be one

@@ -64,6 +64,7 @@ class Record:
         weights: SHA-256 of the files of weights after each task, by its folder's name.
         divergences: KL(before ‖ after) of each task on its own data, where that is asked for.
         importance: Σ F by layer in the state after the last task, where a process holds it whole.
+        begun: how many tasks this run has begun; None where an earlier version did not write it.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Record:
         self.divergences: list[dict[str, Any]] = []
         self.weights: dict[str, dict[str, str]] = {}
         self.importance: Mapping[str, LayerImportance] | None = None
+        self.begun: int | None = 0
 
     @property
     def done(self) -> int:
@@ -107,7 +109,8 @@ class Record:
                 f"{path} is of no run by run_tasks, but a comparison of {', '.join([*runs][:5])}; "
                 "choose another output_dir."
             )
-        check_same_run(path, content.get("settings"), self._settings)
+        begins = self._begins_from_the_model(len(content["metrics"]))
+        check_same_run(path, content.get("settings"), self._settings, begins)
         (saved,) = runs[self.plan.method].values()
         self.matrix.take_over(saved.matrix)
         self.importance = saved.importance
@@ -122,6 +125,13 @@ class Record:
         self.aftermaths = content.get("aftermaths", [])
         self.divergences = content.get("divergences", [])
         self.weights = content.get("weights", {})
+        self.begun = content.get("begun")
+
+    def _begins_from_the_model(self, done: int) -> bool:
+        """Whether weights that are not saved yet are still to be trained on."""
+        if self.plan.sequence.joint_training:  # each task does
+            return done < len(self.plan.tasks)
+        return not done and not self.folder.has_checkpoint(0)
 
     def failed(self, index: int) -> list[dict[str, Any]]:
         """The tries of task `index` that did not pass the gate as it is set now."""
@@ -165,6 +175,18 @@ class Record:
 
     def begin(self) -> None:
         """Write that nothing is learnt yet."""
+        self.write_results()
+
+    def begin_task(self, index: int) -> None:
+        """Write that task `index` is begun; what lies in its folder then is another run's.
+
+        Raises:
+            ValueError: there are files of an earlier run.
+        """
+        if self.begun is None or index < self.begun:
+            return
+        self.folder.refuse_earlier(index)
+        self.begun = index + 1
         self.write_results()
 
     def write(self) -> None:
@@ -232,6 +254,7 @@ class Record:
             "history": self.history,
             "steps": self.steps,
             "weights": self.weights,
+            **({"begun": self.begun} if self.begun is not None else {}),
             **({"figures": self.figures} if self.plan.after_task is not None else {}),
             **({"tries": self.tries} if self.tries else {}),
             **({"fishers": self.fishers} if self.fishers else {}),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hf_ewc.files import sha256, write_atomically
 from hf_ewc.tasks.task import Task
+from hf_ewc.training.checkpoints import newest_whole_checkpoint
 
 logger = logging.getLogger("hf_ewc")
 
@@ -108,6 +109,21 @@ class RunFolder:
                 "or begin anew with resume=False, which removes them."
             )
         refuse_somebodys_report(self.path)
+
+    def refuse_earlier(self, index: int) -> None:
+        """Refuse to begin a task on what another run has left in its folder: a `ValueError`."""
+        folder = self.task(index)
+        left = list(_written_in(folder)) if folder.is_dir() else []
+        if left:
+            raise ValueError(
+                f"{folder} has {len(left)} files of an earlier run, such as {left[0]}, and the run "
+                f"of {self.results} has not begun this task. Move or remove them, or begin anew "
+                "with resume=False."
+            )
+
+    def has_checkpoint(self, index: int) -> bool:
+        """Whether a task that is begun goes on from where it was."""
+        return newest_whole_checkpoint(self.task(index)) is not None
 
     def clear(self) -> None:
         """Remove what an earlier run wrote for these tasks, and say so; all else stays.

@@ -19,7 +19,7 @@ from hf_ewc.parameters.sharding import whole_shape
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.evaluation import metrics_of
-from hf_ewc.tasks.fingerprints import of_data, of_model
+from hf_ewc.tasks.fingerprints import of_data, of_model, of_weights
 from hf_ewc.tasks.heads import Head, as_head
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.sequence_config import OF_THE_GATE
@@ -124,6 +124,7 @@ def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
     """What may be another without being refused, but not without a word."""
     return {
         "model": of_model(model),
+        "weights": of_weights(model),
         "name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         "examples": {
             task.name: [of_data(task.train_dataset), of_data(task.eval_dataset)]
@@ -163,12 +164,17 @@ def length(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 
-def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+def check_same_run(
+    path: Path, found: Any, wanted: Mapping[str, Any], from_the_model: bool = False
+) -> None:
     """Refuse to go on from a run with other settings; further tasks are welcome.
 
     Settings of EWC that there were not yet when the run was begun are as they are untouched, and
     training arguments that were not recorded yet as they are now. The size of the Fisher's batches
     may be another where it changes no result.
+
+    Args:
+        from_the_model: whether what is to be learnt begins from the model's weights as they are.
     """
     found = dict(found) if isinstance(found, Mapping) else {}
     if isinstance(found.get("ewc_config"), Mapping):
@@ -180,7 +186,10 @@ def check_same_run(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     # Not recorded by earlier versions; of the same state when its last digits alone are others.
     if "state" not in found or _is_same_state(found["state"], wanted.get("state")):
         found["state"] = wanted.get("state")
-    _warn_of_other_looks(path, found.pop("looks", {}), wanted.get("looks", {}))
+    looks = dict(wanted.get("looks", {}))
+    if not from_the_model:
+        looks.pop("weights", None)
+    _warn_of_other_looks(path, found.pop("looks", {}), looks)
     wanted = {name: value for name, value in wanted.items() if name != "looks"}
     before = found.get("tasks") or []
     wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
@@ -236,6 +245,8 @@ def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> N
     ]
     now = wanted.get("model")
     others += ["the model's modules"] * (found.get("model", now) != now)
+    weights = wanted.get("weights")
+    others += ["the model's weights"] * (weights not in (None, found.get("weights", weights)))
     was, name = found.get("name"), wanted.get("name")
     others += [f"the model {was} (now {name})"] * (None not in (was, name) and was != name)
     if others:

@@ -146,6 +146,7 @@ class TaskRun:
 
     def _learn(self, index: int, progress: TaskProgress | None) -> None:
         """Train, consolidate and evaluate one task, and save everything."""
+        by_main_process(lambda: self.record.begin_task(index))
         with measured() as cost:
             trainer = self._passed(index, progress)
         state = self.protection.state

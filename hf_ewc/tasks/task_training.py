@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -23,6 +24,7 @@ from hf_ewc.tasks.run_folder import RunFolder
 from hf_ewc.tasks.sequence_trainer import Additions, SequenceMixin, sequence_trainer
 from hf_ewc.tasks.training_data import TrainingData
 from hf_ewc.tasks.ways import additions, adds_to_steps, average, trained
+from hf_ewc.training.checkpoints import was_stopped
 from hf_ewc.training.prepared import let_it_be_wrapped
 from hf_ewc.training.runs import none_beyond_the_last_step
 
@@ -107,7 +109,8 @@ class TaskTraining:
                     trainer.additions = additions(plan, index, model, self._space, views)
                 mean = average(plan, index, model, self._protection)
                 let_it_be_wrapped(trainer)
-                with none_beyond_the_last_step(trainer):
+                stopped = checkpoint is not None and was_stopped(Path(checkpoint))
+                with none_beyond_the_last_step(trainer, stopped):
                     trainer.train(resume_from_checkpoint=checkpoint)
         trainer.data_collator = collator
         _refuse_no_step(trainer, plan.tasks[index].name)

@@ -132,6 +132,13 @@ def is_complete(checkpoint: Path) -> bool:
     return isinstance(state, dict) and "global_step" in state
 
 
+def was_stopped(checkpoint: Path) -> bool:
+    """Whether a callback had stopped the training when `checkpoint` was saved."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    control = (state.get("stateful_callbacks") or {}).get("TrainerControl") or {}
+    return bool((control.get("args") or {}).get("should_training_stop"))
+
+
 def stored_state(checkpoint: Path, given: EWCState) -> EWCState:
     """The state that `checkpoint` was trained with; `given` where it refers to none.
 

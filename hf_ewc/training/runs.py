@@ -10,11 +10,14 @@ from transformers import TrainerCallback
 
 
 @contextlib.contextmanager
-def none_beyond_the_last_step(trainer: Any) -> Iterator[None]:
+def none_beyond_the_last_step(trainer: Any, stopped: bool = False) -> Iterator[None]:
     """Inside the block the trainer begins no epoch when it has taken all its steps.
 
     A Trainer looks whether it is done after a step alone: from the checkpoint of a last step in the
     middle of an epoch (`max_steps`) it would take one more.
+
+    Args:
+        stopped: begin none at all, as a callback has ended the training that is gone on with.
     """
     run_epoch = getattr(trainer, "_run_epoch", None)  # of transformers 5
     if run_epoch is None:
@@ -22,7 +25,7 @@ def none_beyond_the_last_step(trainer: Any) -> Iterator[None]:
         return
 
     def run_epoch_if_due(*args: Any, **kwargs: Any) -> Any:
-        if 0 < trainer.state.max_steps <= trainer.state.global_step:
+        if stopped or 0 < trainer.state.max_steps <= trainer.state.global_step:
             trainer.control.should_training_stop = True
             return None
         return run_epoch(*args, **kwargs)

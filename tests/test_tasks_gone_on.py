@@ -1,0 +1,172 @@
+"""A run that goes on: after early stopping, beside what another run left, from other weights."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_tasks import CONFIG, arguments, same_weights, two_tasks, vit
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from hf_ewc import SequenceConfig, compare_methods, run_tasks
+from hf_ewc.tasks.fingerprints import of_data, of_weights
+from hf_ewc.tasks.folder_lock import LOCK_FILE, only_run_in
+
+
+class KilledAt(TrainerCallback):
+    """Raises in the training of the second task."""
+
+    def __init__(self, event, step=None):
+        setattr(self, event, self._raise)
+        self._step = step
+
+    def _raise(self, args, state, control, **kwargs):
+        if args.seed == 1 and self._step in (None, state.global_step):
+            raise RuntimeError("killed")
+
+
+def never_better(prediction):
+    return {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+@pytest.mark.parametrize(("event", "step"), [("on_step_end", 7), ("on_train_end", None)])
+def test_early_stopping_ends_where_it_would_have_without_a_kill(event, step, load_best, tmp_path):
+    def run(folder, *callbacks):
+        args = arguments(
+            folder, num_train_epochs=9, per_device_train_batch_size=8, eval_strategy="epoch",
+            save_strategy="epoch", load_best_model_at_end=load_best, seed=0,
+            metric_for_best_model="accuracy", greater_is_better=True,
+        )  # fmt: skip
+        tasks = [replace(task, compute_metrics=never_better) for task in two_tasks()]
+        return run_tasks(vit(), tasks, args, callbacks=[EarlyStoppingCallback(3), *callbacks])
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", KilledAt(event, step))
+    again = run(tmp_path / "killed")
+    steps = [
+        json.loads((tmp_path / name / "results.json").read_text())["steps"]
+        for name in ("whole", "killed")
+    ]
+    assert steps[0] == steps[1]
+    assert steps[0][1] < 9 * len(two_tasks()[1].train_dataset) / 8
+    assert same_weights(whole.model, again.model)
+
+
+def test_a_task_does_not_go_on_from_another_runs_checkpoint(tmp_path):
+    def run(tasks, resume=True, **changes):
+        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, **changes)
+        return run_tasks(vit(), tasks, args, CONFIG, resume=resume)
+
+    run(two_tasks(), learning_rate=0.1)
+    run(two_tasks()[:1], resume=False)
+    left = sorted((tmp_path / "02-2-or-3").rglob("*"))
+    with pytest.raises(ValueError, match=r"02-2-or-3 has \d+ files of an earlier run"):
+        run(two_tasks())
+    assert sorted((tmp_path / "02-2-or-3").rglob("*")) == left
+    # The results of before are still there, and the same without what was left.
+    (tmp_path / "02-2-or-3").rename(tmp_path / "elsewhere")
+    run(two_tasks())
+    assert json.loads((tmp_path / "results.json").read_text())["begun"] == 2
+
+
+def test_a_run_of_a_version_that_did_not_write_what_was_begun_goes_on(tmp_path):
+    def run(*callbacks):
+        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, seed=0)
+        return run_tasks(vit(), two_tasks(), args, CONFIG, callbacks=list(callbacks))
+
+    from hf_ewc.files import write_atomically
+    from hf_ewc.report.results import read_outcomes, write_results
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(KilledAt("on_step_end", 2))
+    path = tmp_path / "results.json"
+    outcomes, details = read_outcomes(path)
+    write_atomically(path, "")
+    details = {k: v for k, v in details.items() if k not in ("begun", "checksum", "methods")}
+    write_results(path, outcomes, details)
+    assert "begun" not in path.read_text()
+    assert len(run().metrics) == 2
+
+
+def test_other_weights_are_said_where_a_run_begins_from_them(tmp_path, caplog):
+    def run(model, *callbacks, **options):
+        args = arguments(tmp_path / str(len(options)), max_steps=3, seed=1)
+        return run_tasks(model, two_tasks(), args, callbacks=list(callbacks), **options)
+
+    for options in ({}, {"sequence_config": SequenceConfig(joint_training=True)}):
+        model = vit()
+        with pytest.raises(RuntimeError, match="killed"):
+            run(model, KilledAt("on_step_end", 2), **options)
+        caplog.clear()
+        run(model, **options)
+        assert "begun with others than these: the model's weights." in caplog.text
+        caplog.clear()
+        run(model, **options)  # done: nothing begins from the model
+        assert "the model's weights" not in caplog.text
+
+
+def test_a_fingerprint_of_weights_sees_each_parameter():
+    model = vit()
+    before = of_weights(model)
+    assert of_weights(vit()) == before
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(1e-3)
+        assert of_weights(model) != before
+        with torch.no_grad():
+            parameter.copy_(parameter)
+        before = of_weights(model)
+
+
+def test_examples_may_be_views_with_gaps():
+    table = torch.arange(12.0).view(4, 3)
+    rows = [{"x": table[:, i], "labels": 0} for i in range(3)]
+    assert of_data(rows) == of_data([{"x": r["x"].clone(), "labels": 0} for r in rows])
+    assert of_data(rows) != of_data(rows[::-1])
+
+
+def test_a_seed_that_a_later_task_would_not_have_is_refused_first(tmp_path):
+    last = 2**32 - 1
+    with pytest.raises(ValueError, match=f"seed is {last}; allowed is 0 to {last - 1}"):
+        run_tasks(vit(), two_tasks(), arguments(tmp_path / "run", seed=last))
+    with pytest.raises(ValueError, match=f"seed is {last}; allowed is 0 to {last - 1}"):
+        compare_methods(
+            vit, two_tasks(), arguments(tmp_path / "all"), {"plain": None}, seeds=[0, last]
+        )
+    assert not list(tmp_path.iterdir())
+    run_tasks(vit(), two_tasks(), arguments(tmp_path / "run", seed=last - 1, max_steps=1))
+
+
+IN_USE = """
+import sys
+from pathlib import Path
+from hf_ewc.tasks.folder_lock import only_run_in
+try:
+    with only_run_in(Path(sys.argv[1])):
+        print("entered")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_lock_holds_though_its_process_reads_the_file(tmp_path):
+    def another():
+        command = [sys.executable, "-c", IN_USE, str(tmp_path)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with only_run_in(tmp_path):
+        (tmp_path / LOCK_FILE).read_text()  # as a copy of the folder does
+        assert f"in use by another run (process {os.getpid()})" in another()
+        with pytest.raises(ValueError, match="in use"), only_run_in(tmp_path):
+            pass
+        assert "in use" in another()
+    assert another() == "entered\n"
