@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_tasks import CONFIG, arguments, same_weights, two_tasks, vit
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
 
 from hf_ewc import SequenceConfig, compare_methods, run_tasks
 from hf_ewc.tasks.fingerprints import of_data, of_weights
@@ -170,3 +170,72 @@ def test_a_lock_holds_though_its_process_reads_the_file(tmp_path):
             pass
         assert "in use" in another()
     assert another() == "entered\n"
+
+
+@pytest.mark.parametrize("saves_its_own", [False, True])
+def test_what_a_user_puts_beside_a_model_stays_where_the_last_is_kept(saves_its_own, tmp_path):
+    given = {"processing_class": ViTImageProcessor(size=4)} if saves_its_own else {}
+    last = SequenceConfig(keep_models="last")
+
+    def run(tasks):
+        run_tasks(vit(), tasks, arguments(tmp_path, max_steps=1), sequence_config=last, **given)
+
+    run(two_tasks()[:1])
+    final = tmp_path / "01-0-or-1/final"
+    written = {path.name for path in final.iterdir()}
+    mine = {"tokenizer.json", "vocab.txt", "preprocessor_config.json"} - written
+    assert len(mine) == 3 - saves_its_own
+    for name in mine:
+        (final / name).write_text("mine")
+    run(two_tasks())
+    assert {path.name for path in final.iterdir()} == mine
+
+
+def test_beginning_anew_keeps_what_a_user_put_beside_a_model(tmp_path):
+    args = arguments(tmp_path, max_steps=1)
+    run_tasks(vit(), two_tasks()[:1], args)
+    mine = tmp_path / "01-0-or-1/final/tokenizer.json"
+    mine.write_text("mine")
+    run_tasks(vit(), two_tasks()[:1], args, resume=False)
+    assert mine.read_text() == "mine"
+    # What cannot be read says nothing of files, which are then known by their names.
+    (tmp_path / "results.json").write_text("{")
+    run_tasks(vit(), two_tasks()[:1], args, resume=False)
+    assert not mine.exists()
+
+
+def test_what_is_trained_and_its_dtypes_are_known(tmp_path, caplog):
+    def run(model):
+        caplog.clear()
+        run_tasks(model, two_tasks(), arguments(tmp_path, max_steps=1))
+        return "which of the model's parameters are trained, or their dtypes" in caplog.text
+
+    frozen = vit()
+    frozen.vit.embeddings.requires_grad_(False)
+    assert not run(vit())
+    assert not run(vit())
+    assert run(frozen)
+    assert run(vit().bfloat16())
+
+
+def test_a_tracker_that_fails_costs_no_task(tmp_path, monkeypatch, caplog):
+    def gone(self, *args):
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr("hf_ewc.tasks.tracking.SequenceTracker.after_task", gone)
+    result = run_tasks(vit(), two_tasks(), arguments(tmp_path, max_steps=1))
+    assert len(result.metrics) == 2
+    assert caplog.text.count("ConnectionError: the server is gone") == 2
+
+
+def test_methods_that_are_compared_no_more_are_named(tmp_path, caplog):
+    def compare(*names):
+        caplog.clear()
+        methods = dict.fromkeys(names)
+        compare_methods(vit, two_tasks(), arguments(tmp_path, max_steps=1), methods, seeds=[0])
+        return caplog.text
+
+    assert "compares" not in compare("plain", "once more")
+    assert "compares plain too" in compare("once more")
+    assert (tmp_path / "plain/seed-0/results.json").exists()
+    assert "compares" not in compare("plain", "once more")

@@ -38,6 +38,11 @@ def of_model(model: nn.Module) -> str:
     return _of_values([repr(model), settings])
 
 
+def of_training(model: nn.Module) -> str:
+    """Of which parameters are trained, and their dtypes."""
+    return _of_values({n: [str(p.dtype), p.requires_grad] for n, p in model.named_parameters()})
+
+
 def of_weights(model: nn.Module) -> str:
     """Of a few numbers of each parameter, as a process has them."""
     parts = [local_part(p).detach().reshape(-1) for p in model.parameters()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Task
 from hf_ewc.tasks.trainer_arguments import check_trainer_arguments
 from hf_ewc.training.trainer import EWCTrainer
+
+logger = logging.getLogger("hf_ewc")
 
 Settings = Mapping[str, Any] | EWCConfig | SequenceConfig | None
 _TRAINING = {each.name for each in fields(TrainingArguments) if each.init}
@@ -119,7 +122,7 @@ def compare_methods(
     for seed in seeds:
         check_seed(seed, tasks)
     folder = Path(str(args.output_dir)).absolute()
-    _check_folder(folder)
+    _check_folder(folder, resolved)
     _ = args.device  # sets up the process group, if there is to be one
     runs: dict[str, dict[int, Outcome]] = {name: {} for name in resolved}
     models = _Models()
@@ -159,14 +162,23 @@ class _Models:
         return made
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, methods: Mapping[str, Method]) -> None:
     """Refuse the folder of a single run, or of somebody's report, which would be gone."""
     refuse_somebodys_report(folder)
     results = folder / "results.json"
-    if results.is_file() and "settings" in read_outcomes(results)[1]:
+    runs, details = read_outcomes(results) if results.is_file() else ({}, {})
+    gone = [name for name in runs if name not in methods]
+    if "settings" in details:
         raise ValueError(
             f"{results} is of a run by run_tasks, which could not go on without it; give "
             "compare_methods another output_dir."
+        )
+    if gone:
+        logger.warning(
+            "%s compares %s too, which are not among the methods now and will not be in it; their "
+            "own folders stay.",
+            results,
+            ", ".join(gone),
         )
 
 

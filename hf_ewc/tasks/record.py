@@ -126,6 +126,7 @@ class Record:
         self.divergences = content.get("divergences", [])
         self.weights = content.get("weights", {})
         self.begun = content.get("begun")
+        self.folder.saved = content.get("saved", {})
 
     def _begins_from_the_model(self, done: int) -> bool:
         """Whether weights that are not saved yet are still to be trained on."""
@@ -146,6 +147,7 @@ class Record:
     def note_weights(self, index: int) -> None:
         """Keep what the weights are after task `index`."""
         self.weights[self.folder.task(index).name] = self.folder.hashes(index)
+        self.folder.note_saved(index)
 
     def check_weights(self, index: int) -> None:
         """Refuse weights after task `index` that are not those that were noted: a `ValueError`."""
@@ -254,6 +256,7 @@ class Record:
             "history": self.history,
             "steps": self.steps,
             "weights": self.weights,
+            "saved": self.folder.saved,
             **({"begun": self.begun} if self.begun is not None else {}),
             **({"figures": self.figures} if self.plan.after_task is not None else {}),
             **({"tries": self.tries} if self.tries else {}),

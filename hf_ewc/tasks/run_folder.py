@@ -53,11 +53,17 @@ class RunFolder:
     Args:
         path: `output_dir` of the training arguments.
         tasks: in the order of training.
+
+    Attributes:
+        saved: the files that lay in the folder of each learnt task's model when it was saved, by
+            the name of the task's folder; where an earlier version kept none, they are known by
+            the names that such files have.
     """
 
     def __init__(self, path: str | Path, tasks: Sequence[Task]) -> None:
         self.path = Path(path).absolute()  # also where a user's function changes the directory
         self.results = self.path / "results.json"
+        self.saved: dict[str, list[str]] = {}
         self._names = [safe_name(task.name) for task in tasks]
 
     def task(self, index: int) -> Path:
@@ -76,6 +82,12 @@ class RunFolder:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and any(fnmatch(path.name, name) for name in _WEIGHTS)
         }
+
+    def note_saved(self, index: int) -> None:
+        """Remember which files are the run's, of those that may be beside a model."""
+        folder = self.model(index)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        self.saved[self.task(index).name] = sorted(p.relative_to(folder).as_posix() for p in files)
 
     def check_weights(self, index: int, hashes: Mapping[str, str]) -> None:
         """Refuse weights that are not those that were saved after this task: a `ValueError`."""
@@ -113,7 +125,7 @@ class RunFolder:
     def refuse_earlier(self, index: int) -> None:
         """Refuse to begin a task on what another run has left in its folder: a `ValueError`."""
         folder = self.task(index)
-        left = list(_written_in(folder)) if folder.is_dir() else []
+        left = list(self._written_in(folder)) if folder.is_dir() else []
         if left:
             raise ValueError(
                 f"{folder} has {len(left)} files of an earlier run, such as {left[0]}, and the run "
@@ -137,6 +149,7 @@ class RunFolder:
         for path in (self.results, self.path / "replay.json"):
             _refuse_somebodys(path)
         refuse_somebodys_report(self.path)
+        self.saved = _saved_by(self.results)
         found = list(self._written())
         if found:
             logger.warning(
@@ -175,7 +188,7 @@ class RunFolder:
     def remove_model(self, index: int) -> None:
         """Remove the model and the checkpoints of a task that is learnt."""
         if self.task(index).is_dir():
-            _remove(list(_written_in(self.task(index))))
+            _remove(list(self._written_in(self.task(index))))
 
     def _folders(self) -> list[Path]:
         folders = [self.task(index) for index in range(len(self._names))]
@@ -183,7 +196,16 @@ class RunFolder:
 
     def _written(self) -> Iterator[Path]:
         for folder in self._folders():
-            yield from _written_in(folder)
+            yield from self._written_in(folder)
+
+    def _written_in(self, folder: Path) -> Iterator[Path]:
+        """The files in a task's folder that a run writes, and whole folders of engines' shards."""
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and _SAVED.fullmatch(path.name):
+                known = self.saved.get(folder.name) if path.name == "final" else None
+                yield from (p for p in _saved_in(path) if _is_among(p, path, known))
+            elif not path.is_dir() and _is_like(path, _STATE):
+                yield path
 
 
 def refuse_somebodys_report(folder: Path) -> None:
@@ -213,13 +235,19 @@ def _refuse_somebodys(path: Path) -> None:
         )
 
 
-def _written_in(folder: Path) -> Iterator[Path]:
-    """The files in a task's folder that a run writes, and whole folders of an engine's shards."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and _SAVED.fullmatch(path.name):
-            yield from _saved_in(path)
-        elif not path.is_dir() and _is_like(path, _STATE):
-            yield path
+def _saved_by(results: Path) -> dict[str, list[str]]:
+    """What the run of these results noted of its files; nothing where that cannot be read."""
+    try:
+        found = json.loads(results.read_text()).get("saved") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_among(path: Path, folder: Path, known: Sequence[str] | None) -> bool:
+    """Whether a file, or a folder of files, is one of the known ones of `folder`; None: yes."""
+    name = path.relative_to(folder).as_posix()
+    return known is None or name in known or any(own.startswith(f"{name}/") for own in known)
 
 
 def _saved_in(folder: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from hf_ewc.parameters.sharding import whole_shape
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.arguments import own_arguments
 from hf_ewc.tasks.evaluation import metrics_of
-from hf_ewc.tasks.fingerprints import of_data, of_model, of_weights
+from hf_ewc.tasks.fingerprints import of_data, of_model, of_training, of_weights
 from hf_ewc.tasks.heads import Head, as_head
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.sequence_config import OF_THE_GATE
@@ -124,6 +124,7 @@ def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
     """What may be another without being refused, but not without a word."""
     return {
         "model": of_model(model),
+        "training": of_training(model),
         "weights": of_weights(model),
         "name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         "examples": {
@@ -245,8 +246,12 @@ def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> N
     ]
     now = wanted.get("model")
     others += ["the model's modules"] * (found.get("model", now) != now)
-    weights = wanted.get("weights")
-    others += ["the model's weights"] * (weights not in (None, found.get("weights", weights)))
+    for key, what in (
+        ("training", "which of the model's parameters are trained, or their dtypes"),
+        ("weights", "the model's weights"),
+    ):
+        own = wanted.get(key)
+        others += [what] * (own not in (None, found.get(key, own)))
     was, name = found.get("name"), wanted.get("name")
     others += [f"the model {was} (now {name})"] * (None not in (was, name) and was != name)
     if others:

@@ -213,10 +213,23 @@ class TaskRun:
         self.folder.remove_model(index)
 
     def _save(self, trainer: Any, index: int) -> None:
-        self._tracker.after_task(self.record.metrics[-1], self.record.matrix)
+        self._tell_trackers(index)
         trainer.save_model(str(self.folder.model(index)))
         trainer.accelerator.wait_for_everyone()
         by_main_process(lambda: self._save_heads(index))
+
+    def _tell_trackers(self, index: int) -> None:
+        """Report the scores; a tracker that fails costs no task that was learnt."""
+        try:
+            self._tracker.after_task(self.record.metrics[-1], self.record.matrix)
+        except Exception as error:
+            logger.warning(
+                "The trackers of report_to were not told how %r ended (%s: %.300s); results.json "
+                "has it.",
+                self.plan.tasks[index].name,
+                type(error).__name__,
+                error,
+            )
 
     def _call_user(self, trainer: Any, index: int) -> None:
         """Let the user's function look at the task, and keep its figures."""
