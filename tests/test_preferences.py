@@ -226,14 +226,23 @@ def test_dpo_in_the_space_of_the_weights(reference: str, tmp_path: Path) -> None
         assert error <= 1e-5 * gradient.abs().max() + 1e-8, name
 
 
-def test_other_losses_of_pairs_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"loss_type": ["ipo"]}, r"loss_type=\['ipo'\].*log_likelihood="),
+        ({"use_weighting": True}, r"use_weighting=True.*log_likelihood="),
+    ],
+)
+def test_other_losses_of_pairs_are_refused(
+    setting: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     trainer = EWCDPOTrainer(
         model=small_llama(),
         ref_model=small_llama(),
-        args=DPOConfig(output_dir=str(tmp_path), max_length=32, loss_type=["ipo"], **SETTINGS),
+        args=DPOConfig(output_dir=str(tmp_path), max_length=32, **setting, **SETTINGS),
         train_dataset=Dataset.from_dict(pairs()),
         processing_class=tokenizer(),
         ewc_config=EWCConfig(),
     )
-    with pytest.raises(ValueError, match=r"loss_type=\['ipo'\].*log_likelihood="):
+    with pytest.raises(ValueError, match=message):
         trainer.consolidate()

@@ -1,5 +1,7 @@
 """A run that goes on: after early stopping, beside what another run left, from other weights."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -8,12 +10,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_tasks import CONFIG, arguments, same_weights, two_tasks, vit
-from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
+from test_tasks import CONFIG, arguments, examples, same_weights, two_tasks, vit
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    ViTImageProcessor,
+    default_data_collator,
+)
 
 from hf_ewc import SequenceConfig, compare_methods, run_tasks
 from hf_ewc.tasks.fingerprints import of_data, of_weights
 from hf_ewc.tasks.folder_lock import LOCK_FILE, only_run_in
+from hf_ewc.tasks.same_run import check_same_run
 
 
 class KilledAt(TrainerCallback):
@@ -208,7 +216,7 @@ def test_what_is_trained_and_its_dtypes_are_known(tmp_path, caplog):
     def run(model):
         caplog.clear()
         run_tasks(model, two_tasks(), arguments(tmp_path, max_steps=1))
-        return "which of the model's parameters are trained, or their dtypes" in caplog.text
+        return "dtypes or which of its parameters are trained" in caplog.text
 
     frozen = vit()
     frozen.vit.embeddings.requires_grad_(False)
@@ -216,16 +224,139 @@ def test_what_is_trained_and_its_dtypes_are_known(tmp_path, caplog):
     assert not run(vit())
     assert run(frozen)
     assert run(vit().bfloat16())
+    other = vit()
+    other.config.num_attention_heads = 1
+    assert run(other)
+    assert not run(vit())
 
 
-def test_a_tracker_that_fails_costs_no_task(tmp_path, monkeypatch, caplog):
-    def gone(self, *args):
-        raise ConnectionError("the server is gone")
+class Gone(TrainerCallback):
+    """A tracker whose server is gone once a task is trained."""
 
-    monkeypatch.setattr("hf_ewc.tasks.tracking.SequenceTracker.after_task", gone)
+    def __init__(self, name):
+        self.name = name
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.name in str(logs):
+            raise ConnectionError("the server is gone")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        raise OSError("no space left")
+
+
+@pytest.mark.parametrize("when", ["eval_", "task/", "nowhere"])
+def test_a_tracker_that_fails_costs_no_task(when, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("hf_ewc.tasks.task_run.reporting", lambda args: [Gone(when)])
     result = run_tasks(vit(), two_tasks(), arguments(tmp_path, max_steps=1))
     assert len(result.metrics) == 2
-    assert caplog.text.count("ConnectionError: the server is gone") == 2
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"] == result.metrics
+    assert ("ConnectionError: the server is gone" in caplog.text) == (when != "nowhere")
+    assert "OSError: no space left" in caplog.text
+
+
+def test_a_tracker_that_fails_during_training_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ewc.tasks.task_run.reporting", lambda args: [Gone("'loss'")])
+    args = arguments(tmp_path, max_steps=2, logging_strategy="steps", logging_steps=1)
+    with pytest.raises(ConnectionError):
+        run_tasks(vit(), two_tasks(), args)
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_gone_on_from(tmp_path, caplog):
+    def run(folder, *callbacks):
+        args = arguments(
+            folder, max_steps=4, seed=0, save_strategy="steps", save_steps=1, save_only_model=True
+        )
+        return run_tasks(vit(), two_tasks(), args, CONFIG, callbacks=list(callbacks))
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", KilledAt("on_step_end", 3))
+    again = run(tmp_path / "killed")
+    assert "cannot be gone on from: the task begins anew" in caplog.text
+    assert same_weights(whole.model, again.model)
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.md", "curves.png"])
+def test_a_method_is_not_named_after_a_file_of_the_comparison(name, tmp_path):
+    with pytest.raises(ValueError, match=f"folder would be {name}"):
+        compare_methods(vit, two_tasks(), arguments(tmp_path), {name: None}, seeds=[0])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "costs", ['[{"seconds": null}]', '[{"seconds": "1"}]', "[" * 100_000, '[{"seconds": NaN}]', "{"]
+)
+def test_damaged_costs_end_no_run(costs, tmp_path):
+    def run():
+        return run_tasks(vit(), two_tasks(), arguments(tmp_path, max_steps=1))
+
+    run()
+    (tmp_path / "costs.json").write_text(costs)
+    assert run().cost.seconds == 0.0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000])
+def test_a_damaged_list_of_replayed_examples_says_so(text, tmp_path):
+    def run(*callbacks, **options):
+        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, seed=0)
+        config = SequenceConfig(replay_share=0.2)
+        return run_tasks(
+            vit(), two_tasks(), args, sequence_config=config, callbacks=list(callbacks), **options
+        )
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(KilledAt("on_step_end", 2))
+    (tmp_path / "replay.json").write_text(text)
+    with pytest.raises(ValueError, match=r"replay.json is damaged"):
+        run()
+    assert len(run(resume=False).metrics) == 2
+
+
+def scaled(outputs, labels, num_items_in_batch=None, factor=1.0):
+    return factor * torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+
+def test_other_settings_of_functions_and_collators_are_said(tmp_path, caplog):
+    def run(factor):
+        caplog.clear()
+        loss = functools.partial(scaled, factor=factor)
+        args = arguments(tmp_path, max_steps=1)
+        run_tasks(vit(), two_tasks(), args, compute_loss_func=loss)
+        return "settings of the data collator, loss function or likelihood" in caplog.text
+
+    assert not run(1.0)
+    assert not run(1.0)
+    assert run(2.0)
+
+
+def test_a_task_of_the_other_direction_or_collator_is_refused(tmp_path):
+    def run(**changes):
+        tasks = [replace(task, **changes) for task in two_tasks()]
+        return run_tasks(vit(), tasks, arguments(tmp_path, max_steps=1))
+
+    run()
+    with pytest.raises(ValueError, match=r"tasks\[0\].lower_is_better: False there, True now"):
+        run(greater_is_better=False)
+    with pytest.raises(ValueError, match=r"tasks\[0\].data_collator: None there, "):
+        run(data_collator=default_data_collator)
+    path = tmp_path / "results.json"
+    settings = json.loads(path.read_text())["settings"]
+    wanted = copy.deepcopy(settings)
+    for task in settings["tasks"]:  # as an earlier version wrote them
+        del task["lower_is_better"], task["data_collator"]
+    check_same_run(path, settings, wanted)
+
+
+def test_fisher_data_of_other_contents_are_said(tmp_path, caplog):
+    def run(seed):
+        caplog.clear()
+        tasks = [replace(t, fisher_dataset=examples(t.classes, 8, seed)) for t in two_tasks()]
+        run_tasks(vit(), tasks, arguments(tmp_path, max_steps=1), CONFIG)
+        return "the Fisher's data of task '0 or 1'" in caplog.text
+
+    assert not run(3)
+    assert not run(3)
+    assert run(4)
 
 
 def test_methods_that_are_compared_no_more_are_named(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Passes:
     def outputs(self, batch: ExampleBatch) -> Tensor:
         """What the objectives are made of, (B, …)."""
         if self._plan.log_likelihood is not None:
-            values = self._plan.log_likelihood(self._model, batch.inputs)
+            values = self._plan.log_likelihood(self._model, copy.copy(batch.inputs))
             _check_values(values, batch)
             return values
         self._reader.settle(batch)
@@ -140,7 +141,7 @@ class Passes:
 
     def _of_user(self, batch: ExampleBatch) -> Iterator[Tensor]:
         assert self._plan.log_likelihood is not None
-        values = self._plan.log_likelihood(self._model, batch.inputs)
+        values = self._plan.log_likelihood(self._model, copy.copy(batch.inputs))
         _check_values(values, batch)
         kept = _kept(batch, values.device)
         number = len(batch) - batch.padding
@@ -236,9 +237,20 @@ def _check_number(distribution: Distribution, batch: ExampleBatch) -> None:
         )
 
 
-def _check_values(values: Tensor, batch: ExampleBatch) -> None:
+def _check_values(values: Any, batch: ExampleBatch) -> None:
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"log_likelihood returned a {type(values).__name__}; it must return a tensor with log "
+            "p(y|x) of each example, shape (batch,)."
+        )
     if values.shape != (len(batch),):
         raise ValueError(
             f"log_likelihood returned shape {tuple(values.shape)} for {len(batch)} examples; it "
             "must return log p(y|x) of each, shape (batch,)."
+        )
+    if torch.is_grad_enabled() and not values.requires_grad:
+        raise ValueError(
+            f"log_likelihood returned numbers ({values.dtype}) that no gradient leads back from, "
+            "with which nothing would be protected; it must return log p(y|x) as computed from the "
+            "model's outputs, without torch.no_grad, detach, item or argmax."
         )

@@ -79,11 +79,11 @@ class Replicas:
         if batch.doubtful:
             require_apart(batch, passes.outputs)
         structure = structure_of(batch.inputs, len(batch))
-        most = batch.most_labelled()
-        if most is None or not proofs.are_due(structure, self._fast.totals()):
+        pair = batch.telling_pair()
+        if pair is None or not proofs.are_due(structure, self._fast.totals()):
             self._fast.add(batch, passes)
         else:
-            proofs.add(structure, self._run_with_proof(batch, passes, proofs, *most[:2]))
+            proofs.add(structure, self._run_with_proof(batch, passes, proofs, *pair))
         self._added = True
 
     def _run_with_proof(

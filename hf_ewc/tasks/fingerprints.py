@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,8 @@ from hf_ewc.training.held_out import has_rows
 
 _EXAMPLES = 64
 _LETTERS = 12
+# Of a configuration: what training, a head or a tokenizer sets later, or says where it is from.
+_LATER = re.compile("problem_type|label|version|name_or_path|dtype|use_cache|token|architectures")
 
 
 def of_data(dataset: Any) -> str | None:
@@ -39,8 +43,12 @@ def of_model(model: nn.Module) -> str:
 
 
 def of_training(model: nn.Module) -> str:
-    """Of which parameters are trained, and their dtypes."""
-    return _of_values({n: [str(p.dtype), p.requires_grad] for n, p in model.named_parameters()})
+    """Of which parameters are trained, their dtypes, and what the forward is configured to do."""
+    config = getattr(model, "config", None)
+    written: dict[str, object] = getattr(config, "to_dict", dict)()
+    settings = {name: value for name, value in written.items() if not _LATER.search(name)}
+    parameters = {n: [str(p.dtype), p.requires_grad] for n, p in model.named_parameters()}
+    return _of_values([json.dumps(settings, sort_keys=True, default=str), parameters])
 
 
 def of_weights(model: nn.Module) -> str:

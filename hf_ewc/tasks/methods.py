@@ -24,7 +24,7 @@ from hf_ewc.tasks.checks import LONGEST_NAME
 from hf_ewc.tasks.folder_lock import only_run_in
 from hf_ewc.tasks.main_process import by_main_process, held_by_main_process
 from hf_ewc.tasks.results import TaskResults
-from hf_ewc.tasks.run_folder import refuse_somebodys_report, safe_name
+from hf_ewc.tasks.run_folder import OWN_FILES, refuse_somebodys_report, safe_name
 from hf_ewc.tasks.runner import planned, run_tasks
 from hf_ewc.tasks.sequence_config import SequenceConfig
 from hf_ewc.tasks.task import Task
@@ -263,6 +263,11 @@ def _check(make_model: Any, methods: Mapping[str, Settings], seeds: Any) -> None
         if integer("a seed", seed, low=0) >= 2**32:
             raise ValueError(f"a seed is {seed!r}; allowed is an integer below 2**32.")
     folders = [safe_name(name) for name in methods]
+    if taken := [name for name in folders if name in OWN_FILES]:
+        raise ValueError(
+            f"a method's folder would be {taken[0]}, where the comparison's own file is; choose "
+            "another name."
+        )
     if len(set(folders)) < len(folders):
         raise ValueError(
             f"the methods {list(methods)} would share folders ({folders}); choose other names."

@@ -225,8 +225,9 @@ class Record:
 
     def _read_costs(self) -> list[Cost]:
         try:
-            return [Cost(**cost) for cost in json.loads(self._costs_file.read_text())]
-        except (OSError, ValueError, TypeError):
+            costs = [Cost(**cost) for cost in json.loads(self._costs_file.read_text())]
+            return costs if sum(costs, Cost()).seconds >= 0.0 else []
+        except (OSError, ValueError, TypeError, RecursionError):
             return []  # no result depends on them
 
     def _notes(self) -> list[str]:

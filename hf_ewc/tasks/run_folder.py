@@ -170,7 +170,7 @@ class RunFolder:
             ValueError: the task has begun with others, as where the data have changed since.
         """
         path = self.path / "replay.json"
-        kept = json.loads(path.read_text()) if path.exists() and self.task(index).exists() else {}
+        kept = _replayed(path) if path.exists() and self.task(index).exists() else {}
         now = {str(task + 1): list(indices) for task, indices in replayed.items()}
         if kept.get(str(index + 1), now) != now:
             raise ValueError(
@@ -222,17 +222,31 @@ def _refuse_somebodys(path: Path) -> None:
     """Refuse a file that is in the place of a run's and that no such run wrote; damaged ones go."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     if path.name == "results.json":
         own = isinstance(found, dict) and "checksum" in found and "methods" not in found
     else:
-        own = isinstance(found, dict) and all(key.isdigit() for key in found)
+        own = not found or (isinstance(found, dict) and all(key.isdigit() for key in found))
     if not own:
         raise ValueError(
             f"{path} is of no run by run_tasks, which would have to remove it to begin anew; move "
             "it, or choose another output_dir."
         )
+
+
+def _replayed(path: Path) -> dict[str, list[int]]:
+    """Which examples each task replays: a `ValueError` where that cannot be read."""
+    try:
+        kept = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        kept = None
+    if not isinstance(kept, dict):
+        raise ValueError(
+            f"{path} is damaged, which says which examples the run replays. Put it back, or begin "
+            "anew with resume=False."
+        )
+    return kept
 
 
 def _saved_by(results: Path) -> dict[str, list[str]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ RECORDED = (
     "train_sampling_strategy",
     "average_tokens_across_devices",
     "optim_target_modules",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
 )
 _ROUNDING = 1e-3
 
@@ -120,6 +124,19 @@ def _described(value: Any) -> Any:
     return qualified_name(value) or type(value).__qualname__
 
 
+def _settings_of(given: Any) -> Any:
+    """The numbers and words that a function or a collator was made with."""
+    if isinstance(given, functools.partial):
+        found = {str(i): value for i, value in enumerate(given.args)} | given.keywords
+    else:
+        found = dict(getattr(given, "__dict__", {}))
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+    }
+
+
 def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
     """What may be another without being refused, but not without a word."""
     return {
@@ -128,8 +145,15 @@ def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
         "weights": of_weights(model),
         "name": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
         "examples": {
-            task.name: [of_data(task.train_dataset), of_data(task.eval_dataset)]
+            task.name: [
+                of_data(d) for d in (task.train_dataset, task.eval_dataset, task.fisher_dataset)
+            ]
             for task in (*plan.tasks, *plan.evaluate_also)
+        },
+        "settings": {
+            "compute_loss_func": _settings_of(plan.trainer_kwargs.get("compute_loss_func")),
+            "data_collator": _settings_of(plan.data_collator),
+            "log_likelihood": _settings_of(plan.log_likelihood),
         },
     }
 
@@ -145,6 +169,8 @@ def _settings_of_task(task: Task, plan: Plan, model: nn.Module) -> dict[str, Any
         "weight": task.weight,
         "head": _settings_of_head(as_head(task.head)),
         "fisher_examples": length(task.fisher_dataset),
+        "lower_is_better": task.lower_is_better,
+        "data_collator": _described(task.data_collator),
     }
 
 
@@ -194,6 +220,8 @@ def check_same_run(
     wanted = {name: value for name, value in wanted.items() if name != "looks"}
     before = found.get("tasks") or []
     wanted = {**wanted, "tasks": wanted["tasks"][: len(before)]}
+    for key in ("tasks", "evaluate_also"):
+        found[key] = _with_new_settings(found.get(key), wanted.get(key, []))
     found, wanted = _decisive(found), _decisive(wanted)
     lines = [line for key in wanted for line in differences(key, found.get(key), wanted[key])]
     if lines:
@@ -212,6 +240,15 @@ def _of_both(found: Any, wanted: Any) -> Any:
     if ADAPTER in known:
         known[ADAPTER] = _of_both(known[ADAPTER], wanted[ADAPTER])
     return known
+
+
+def _with_new_settings(found: Any, wanted: Sequence[Mapping[str, Any]]) -> Any:
+    """The tasks' settings, those that earlier versions did not record as they are now."""
+    if not isinstance(found, list) or len(found) != len(wanted):
+        return found
+    pairs = zip(found, wanted, strict=True)
+    new = ("lower_is_better", "data_collator")
+    return [{name: own[name] for name in new} | dict(task) for task, own in pairs]
 
 
 def _is_same_state(found: Any, wanted: Any) -> bool:
@@ -240,15 +277,16 @@ def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> N
         f"the {kind} data of task {name!r}"
         for name, looks in wanted.get("examples", {}).items()
         for kind, was, is_now in zip(
-            ("training", "evaluation"), before.get(name, looks), looks, strict=False
+            ("training", "evaluation", "Fisher's"), before.get(name, looks), looks, strict=False
         )
         if None not in (was, is_now) and was != is_now
     ]
     now = wanted.get("model")
     others += ["the model's modules"] * (found.get("model", now) != now)
     for key, what in (
-        ("training", "which of the model's parameters are trained, or their dtypes"),
+        ("training", "the model's configuration, dtypes or which of its parameters are trained"),
         ("weights", "the model's weights"),
+        ("settings", "the settings of the data collator, loss function or likelihood"),
     ):
         own = wanted.get(key)
         others += [what] * (own not in (None, found.get(key, own)))

@@ -49,7 +49,7 @@ from hf_ewc.tasks.task import Figures, Task, score_of
 from hf_ewc.tasks.task_training import TaskTraining
 from hf_ewc.tasks.tracking import SequenceTracker, reporting
 from hf_ewc.tasks.training_data import TrainingData, training_data
-from hf_ewc.training.checkpoints import newest_whole_checkpoint
+from hf_ewc.training.checkpoints import has_optimizer, newest_whole_checkpoint
 from hf_ewc.training.converted_weights import needs_conversion
 from hf_ewc.training.saved_weights import load_weights
 from hf_ewc.training.trainer import EWCMixin
@@ -213,23 +213,10 @@ class TaskRun:
         self.folder.remove_model(index)
 
     def _save(self, trainer: Any, index: int) -> None:
-        self._tell_trackers(index)
+        self._tracker.after_task(self.record.metrics[-1], self.record.matrix)
         trainer.save_model(str(self.folder.model(index)))
         trainer.accelerator.wait_for_everyone()
         by_main_process(lambda: self._save_heads(index))
-
-    def _tell_trackers(self, index: int) -> None:
-        """Report the scores; a tracker that fails costs no task that was learnt."""
-        try:
-            self._tracker.after_task(self.record.metrics[-1], self.record.matrix)
-        except Exception as error:
-            logger.warning(
-                "The trackers of report_to were not told how %r ended (%s: %.300s); results.json "
-                "has it.",
-                self.plan.tasks[index].name,
-                type(error).__name__,
-                error,
-            )
 
     def _call_user(self, trainer: Any, index: int) -> None:
         """Let the user's function look at the task, and keep its figures."""
@@ -321,6 +308,14 @@ class TaskRun:
         """The newest whole checkpoint of the task, None to begin it anew."""
         newest = newest_whole_checkpoint(Path(trainer.args.output_dir))
         if newest is None:
+            return None
+        if not has_optimizer(newest):
+            if is_main():
+                logger.warning(
+                    "%s has no state of an optimizer, as with save_only_model, and cannot be gone "
+                    "on from: the task begins anew.",
+                    newest,
+                )
             return None
         if not isinstance(trainer, EWCMixin) and needs_conversion(self.model, newest):
             return None  # a plain Trainer would not load these weights

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hf_ewc.metrics import AccuracyMatrix
 from hf_ewc.tasks.task import Figures
 
 FILE = "tracking.json"
+logger = logging.getLogger("hf_ewc")
 
 
 def reporting(args: TrainingArguments) -> list[TrainerCallback]:
@@ -39,7 +42,8 @@ class SequenceTracker(TrainerCallback):
     """Hands the logs of each task's trainer on to `report_to`, as the logs of one run.
 
     The step axis goes on from task to task: a task's steps are counted behind those of the tasks
-    before it, and `task` tells its number. A run that goes on after a kill is the same one.
+    before it, and `task` tells its number. A run that goes on after a kill is the same one. What
+    fails once a task is trained is a warning: the task is not lost for it.
 
     Args:
         args: of the whole run, whose `report_to`, `output_dir` and `run_name` count.
@@ -57,7 +61,7 @@ class SequenceTracker(TrainerCallback):
         self.args = copy.copy(args)
         self._is_resumed = is_resumed
         self._before, self._task = 0, 0
-        self._is_open = False
+        self._is_open = self._is_trained = False
         self._last: tuple[TrainerState, TrainerControl, dict[str, Any]] | None = None
         self._own_runs: list[Any] = []
 
@@ -69,6 +73,7 @@ class SequenceTracker(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """The first trainer opens the run; later ones go on in it."""
+        self._is_trained = False
         self._open(state, control, given)
 
     def _open(self, state: TrainerState, control: TrainerControl, given: dict[str, Any]) -> None:
@@ -86,6 +91,7 @@ class SequenceTracker(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """The run stays open for the tasks to come, until `close`."""
+        self._is_trained = True
         self._last = (state, control, given)
 
     def on_log(
@@ -100,7 +106,8 @@ class SequenceTracker(TrainerCallback):
         self._open(state, control, given)
         found = {**(logs or {}), "task": self._task}
         for integration in self.integrations:
-            integration.on_log(self.args, self._shifted(state), control, logs=found, **given)
+            with self._warning() if self._is_trained else nullcontext():
+                integration.on_log(self.args, self._shifted(state), control, logs=found, **given)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -122,7 +129,8 @@ class SequenceTracker(TrainerCallback):
         state, control, given = self._last
         figures = figures_after(scores, matrix)
         for integration in self.integrations:
-            _report(integration, figures, (self.args, self._shifted(state), control, given))
+            with self._warning():
+                _report(integration, figures, (self.args, self._shifted(state), control, given))
 
     def close(self) -> None:
         """End the run, once all tasks are learnt or an error ends them."""
@@ -130,10 +138,24 @@ class SequenceTracker(TrainerCallback):
             return
         state, control, given = self._last
         for integration in self.integrations:
-            integration.on_train_end(self.args, self._shifted(state), control, **given)
+            with self._warning():
+                integration.on_train_end(self.args, self._shifted(state), control, **given)
         for library in self._own_runs:
-            library.finish()
+            with self._warning():
+                library.finish()
         self._last, self._is_open, self._own_runs = None, False, []
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """An error of what reports is a warning inside: the results hold what it was to report."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning(
+                "A tracker of report_to failed (%s: %.300s); results.json has what it was told.",
+                type(error).__name__,
+                error,
+            )
 
     def _shifted(self, state: TrainerState) -> TrainerState:
         """The trainer's state as seen from the whole run."""

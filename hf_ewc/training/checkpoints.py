@@ -132,6 +132,18 @@ def is_complete(checkpoint: Path) -> bool:
     return isinstance(state, dict) and "global_step" in state
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether the state of an optimizer is in `checkpoint`, in any engine's form, with a schedule.
+
+    DeepSpeed keeps both in `global_step*`, FSDP the first in `optimizer_*`.
+    """
+    if any(checkpoint.glob("global_step*")):
+        return True
+    optimizers = ("optimizer.pt", "optimizer.bin", "optimizer_[0-9]*")
+    found = any(any(checkpoint.glob(name)) for name in optimizers)
+    return found and (checkpoint / "scheduler.pt").is_file()
+
+
 def was_stopped(checkpoint: Path) -> bool:
     """Whether a callback had stopped the training when `checkpoint` was saved."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

@@ -48,6 +48,12 @@ def _is_one(trainer: Trainer, module: str, name: str) -> bool:
 def _check_dpo(trainer: Any) -> None:
     losses = list(getattr(trainer, "loss_types", ["sigmoid"]))
     divergence = getattr(trainer, "f_divergence_type", "reverse_kl")
+    if getattr(trainer, "use_weighting", False):
+        raise ValueError(
+            "DPO with use_weighting=True weighs each pair by its answers' probabilities, which is "
+            "no likelihood of preferences that is known here; pass log_likelihood= a function of "
+            "(model, batch) that returns the log of each pair's probability."
+        )
     if losses != ["sigmoid"] or divergence != "reverse_kl" or getattr(trainer, "ld_alpha", None):
         raise ValueError(
             f"DPO with loss_type={losses}, f_divergence_type={divergence!r}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
@@ -18,6 +19,11 @@ from hf_ewc.fisher.untouched import preserved_random_states
 
 # Containers of more entries are data, which no loss changes.
 _FEW = 1000
+# Whose objects no loss changes, or which are looked after elsewhere.
+_LIBRARIES = {
+    *("hf_ewc", "torch", "transformers", "accelerate", "datasets", "peft", "trl", "evaluate"),
+    *("numpy", "pandas", "tokenizers", "sentence_transformers", "deepspeed", "PIL"),
+}
 
 
 @contextlib.contextmanager
@@ -86,19 +92,38 @@ def same_attributes(owner: Any, but_for: nn.Module) -> Iterator[None]:
         vars(owner).update(before)
 
 
-def _put_back(value: Any, but_for: nn.Module) -> Iterator[Callable[[], Any]]:
+def _put_back(
+    value: Any, but_for: nn.Module, seen: set[int] | None = None
+) -> Iterator[Callable[[], Any]]:
     """What gives a value back what it holds now."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:  # a tree whose leaves know its root
+        return
+    seen.add(id(value))
     if isinstance(value, nn.Module):
         if not any(module is but_for for module in value.modules()):
             for tensor in (*value.parameters(), *value.buffers()):
-                yield from _put_back(tensor.detach(), but_for)
+                yield partial(tensor.detach().copy_, tensor.detach().clone())
     elif isinstance(value, Tensor):
         yield partial(value.detach().copy_, value.detach().clone())
     elif isinstance(value, (list, deque, set, dict)) and len(value) <= _FEW:
         for inner in value.values() if isinstance(value, dict) else value:
-            if isinstance(inner, (Tensor, list, deque, set, dict)):
-                yield from _put_back(inner, but_for)
+            yield from _put_back(inner, but_for, seen)
         yield partial(_refill, value, copy.copy(value))
+    elif _is_the_users(value):
+        before = dict(vars(value))
+        for inner in before.values():
+            yield from _put_back(inner, but_for, seen)
+        yield partial(vars(value).update, before)
+
+
+def _is_the_users(value: Any) -> bool:
+    """Whether a value is a small object of a class of the user's own, such as a running mean."""
+    module = type(value).__module__.partition(".")[0]
+    libraries = sys.stdlib_module_names | _LIBRARIES
+    return hasattr(value, "__dict__") and not (
+        module in libraries or isinstance(value, (type, nn.Module)) or hasattr(value, "__getitem__")
+    )
 
 
 def _refill(value: Any, now: Any) -> None:

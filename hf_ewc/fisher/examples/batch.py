@@ -124,16 +124,37 @@ class ExampleBatch:
         most = self.most_labelled()
         return None if most is None else self.only(sorted(most[:2]))
 
+    def telling_pair(self) -> tuple[int, int] | None:
+        """The last and the first place of examples with about the most labels; None without any.
+
+        What mixes examples in their order, such as experts that take the first ones, leaves the
+        first example as it is alone, and most of the last.
+        """
+        most = self.most_labelled()
+        if most is None:
+            return None
+        counts = self._label_counts()
+        top = [n for n in most if counts is None or 2 * counts[n] >= counts[most[0]]]
+        if len(top) == 1:
+            return most[0], most[1]
+        return max(top), min(top)
+
     def most_labelled(self) -> list[int] | None:
         """The places of the examples, those with most labels first; None where none has any."""
+        counts = self._label_counts()
+        if counts is None:
+            return list(range(len(self)))
+        if not any(counts):
+            return None
+        return sorted(range(len(self)), key=lambda n: -counts[n])
+
+    def _label_counts(self) -> list[int] | None:
+        """How many labels each example has; None where they are no row for each."""
         labels = next((self.inputs[n] for n in LABEL_NAMES if n in self.inputs), None)
         if not isinstance(labels, Tensor) or labels.dim() == 0 or labels.shape[0] != len(self):
-            return list(range(len(self)))
-        counts = (labels != IGNORED).reshape(len(self), -1).sum(1)
-        if not counts.any():
             return None
-        most: list[int] = counts.argsort(descending=True, stable=True).tolist()
-        return most
+        counts: list[int] = (labels != IGNORED).reshape(len(self), -1).sum(1).tolist()
+        return counts
 
     def at_least_two(self) -> ExampleBatch:
         """One example with its repetition as padding: where examples lie is seen from two.
