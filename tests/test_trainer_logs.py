@@ -202,6 +202,29 @@ def test_an_anchor_that_is_another_model(tmp_path: Path, caplog: pytest.LogCaptu
     assert said(caplog, "far from the model") == 1
 
 
+def test_a_checkpoint_that_training_took_far_is_no_other_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    anchor = {name: p.detach().clone() for name, p in MODELS["llama"]().named_parameters()}
+    state = EWCState({name: torch.full_like(t, 1e-9) for name, t in anchor.items()}, anchor)
+
+    def trainer() -> EWCTrainer:
+        args = arguments(
+            tmp_path, learning_rate=2.0, max_steps=3, save_strategy="steps", save_steps=1
+        )
+        return ewc_trainer("llama", args, 4, ewc_state=state)
+
+    trainer().train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    distances = {
+        name: float((p.detach() - anchor[name]).norm() / anchor[name].norm())
+        for name, p in resumed.model.named_parameters()
+    }
+    assert max(distances.values()) > 1
+    assert said(caplog, "far from the model") == 0
+
+
 def test_training_that_does_not_start_at_the_anchor(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

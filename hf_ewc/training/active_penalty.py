@@ -17,7 +17,7 @@ from hf_ewc.state import heads
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training import deepspeed
 from hf_ewc.training.penalty import Penalty
-from hf_ewc.training.penalty_log import PenaltyLog, warn_about
+from hf_ewc.training.penalty_log import PenaltyLog, warn_about, warn_of_nothing
 
 # Parameters that a run of this process has begun with, as those that were consolidated.
 _begun_with = TensorTable()
@@ -77,8 +77,10 @@ class ActivePenalty:
         for term in self.penalty.terms:
             for parameter in term.trained:
                 _begun_with.put(parameter)
-        online = self._settings.ewc_mode == "online"
-        warn_about(self.penalty, at_anchor=online and global_step == 0)
+        if global_step == 0:
+            warn_about(self.penalty, at_anchor=self._settings.ewc_mode == "online")
+        else:  # from a checkpoint, as far from the anchor as training has come
+            warn_of_nothing(self.penalty)
 
     def _refuse_another_head(self) -> None:
         fingerprint = self._state.metadata.get("fingerprint") or {}

@@ -149,12 +149,7 @@ def warn_about(penalty: Penalty, at_anchor: bool) -> None:
         penalty: as training starts.
         at_anchor: whether θ = θ* is expected, as at the beginning of a task in online mode.
     """
-    if penalty.is_zero:
-        logger.warning(
-            "The EWC state protects nothing: the importance of every trainable parameter is zero, "
-            "or its λ. Was it estimated on data with labels, on the parameters that are trained "
-            "now? A PEFT adapter loaded without is_trainable=True is frozen."
-        )
+    if warn_of_nothing(penalty):
         return
     distances = penalty.relative_distances()
     far = [
@@ -184,6 +179,17 @@ def warn_about(penalty: Penalty, at_anchor: bool) -> None:
             else f"{distance:.2g} times its norm away from the EWC anchor",
             penalty.value(),
         )
+
+
+def warn_of_nothing(penalty: Penalty) -> bool:
+    """Warn about a penalty that protects nothing; whether it is one."""
+    if penalty.is_zero:
+        logger.warning(
+            "The EWC state protects nothing: the importance of every trainable parameter is zero, "
+            "or its λ. Was it estimated on data with labels, on the parameters that are trained "
+            "now? A PEFT adapter loaded without is_trainable=True is frozen."
+        )
+    return penalty.is_zero
 
 
 def layer_group(name: str) -> str:
