@@ -1,5 +1,7 @@
 """A `log_likelihood` of the user's: what it may do with a batch, and what it has to return."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -66,3 +68,45 @@ def test_what_is_no_log_likelihood_is_refused(given, message, size):
     with pytest.raises(ValueError, match=f"log_likelihood .*{message}"):
         estimate_fisher(MODEL, DATA, log_likelihood=given, batch_size=size)
     assert all(p.grad is None and p.requires_grad for p in MODEL.parameters())
+
+
+class OfFeatures(nn.Module):
+    """Takes what its trainer makes of a batch, and nothing that is in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, features, scale=1.0):
+        return {"logits": scale * self.head(features["values"])}
+
+
+class OneAtATime(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x, labels=None):
+        if len(x) > 1:
+            raise ValueError("no padding token is defined")
+        logits = self.head(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+def labelled(name):
+    return [{name: torch.randn(3), "labels": i % 2} for i in range(8)]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_forward_of_other_arguments_names_the_likelihood_alone(size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none that examples will be run one by one
+        with pytest.raises(ValueError, match="takes none of these but features, scale, so that"):
+            estimate_fisher(OfFeatures(), labelled("text"), batch_size=size)
+
+
+def test_a_forward_of_one_example_is_run_one_by_one():
+    with pytest.warns(UserWarning, match="fails on several examples at once.*one by one"):
+        found = estimate_fisher(OneAtATime(), labelled("x"), batch_size=4)
+    assert found.num_examples == 8

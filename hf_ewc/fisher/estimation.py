@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import traceback
 import warnings
@@ -246,6 +247,7 @@ class Estimation:
             if batch is None or is_out_of_memory(error) or not raised_in(self._model, error):
                 raise
             advice = self._advice + _advice_on_batch_norms(self._model)
+            advice += _advice_on_names(self._model, batch)
             raise ForwardFailed(batch, error, advice) from error
 
     def _reason(self, error: Exception) -> str:
@@ -255,6 +257,7 @@ class Estimation:
         if isinstance(error, ForwardFailed):
             if len(error.batch) == 1 or not self._ways.alone_may_help:
                 raise error
+            self._try_alone(error.batch.only([0]))
             return f"its forward fails on several examples at once ({error.short})"
         if not isinstance(error, Mixed):
             return f"these parameters are used in ways it does not cover: {error}"
@@ -265,6 +268,11 @@ class Estimation:
                 "show. Use batch_size=1 (fisher_batch_size=1), which is exact and slower."
             )
         return f"it differs from single examples in {error}"
+
+    def _try_alone(self, one: ExampleBatch) -> None:
+        """Raise what an example alone raises too, before others are told to be run so."""
+        with self._explained(one), self._passes.uncounted(), torch.no_grad():
+            next(self._passes(one), None)
 
     def _inspect(self, batch: ExampleBatch | None) -> None:
         """Refuse what cannot be run, and say once of what cannot be run fast."""
@@ -334,6 +342,18 @@ def _advice_on_batch_norms(model: nn.Module) -> str:
         f"The batch norms {', '.join(names[:5])} have no running statistics and take those of the "
         "batch, so that an example alone has no likelihood: set track_running_stats=True, or put "
         "norms of single examples (GroupNorm, LayerNorm) in their place. "
+    )
+
+
+def _advice_on_names(model: nn.Module, batch: ExampleBatch) -> str:
+    """Of a batch that a forward takes nothing of, as where a trainer makes its own features."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if takes_any or parameters.keys() & batch.inputs.keys():
+        return ""
+    return (
+        f"Its forward takes none of these but {', '.join(parameters)}, so that log_likelihood= is "
+        "what is needed here. "
     )
 
 
