@@ -21,6 +21,7 @@ from hf_ewc.fisher.untouched import preserved_random_states
 _FEW = 1000
 # Whose objects no loss changes, or which are looked after elsewhere.
 _LIBRARIES = {
+    *sys.stdlib_module_names,
     *("hf_ewc", "torch", "transformers", "accelerate", "datasets", "peft", "trl", "evaluate"),
     *("numpy", "pandas", "tokenizers", "sentence_transformers", "deepspeed", "PIL"),
 }
@@ -120,9 +121,10 @@ def _put_back(
 def _is_the_users(value: Any) -> bool:
     """Whether a value is a small object of a class of the user's own, such as a running mean."""
     module = type(value).__module__.partition(".")[0]
-    libraries = sys.stdlib_module_names | _LIBRARIES
     return hasattr(value, "__dict__") and not (
-        module in libraries or isinstance(value, (type, nn.Module)) or hasattr(value, "__getitem__")
+        module in _LIBRARIES
+        or isinstance(value, (type, nn.Module))
+        or hasattr(value, "__getitem__")
     )
 
 

@@ -130,14 +130,14 @@ class ExampleBatch:
         What mixes examples in their order, such as experts that take the first ones, leaves the
         first example as it is alone, and most of the last.
         """
-        most = self.most_labelled()
-        if most is None:
+        counts = self._label_counts() or [1] * len(self)
+        if not any(counts):
             return None
-        counts = self._label_counts()
-        top = [n for n in most if counts is None or 2 * counts[n] >= counts[most[0]]]
+        top = [n for n, count in enumerate(counts) if 2 * count >= max(counts)]
         if len(top) == 1:
-            return most[0], most[1]
-        return max(top), min(top)
+            rest = (n for n in range(len(self)) if n != top[0])
+            return top[0], max(rest, key=lambda n: counts[n])
+        return top[-1], top[0]
 
     def most_labelled(self) -> list[int] | None:
         """The places of the examples, those with most labels first; None where none has any."""
