@@ -128,6 +128,8 @@ def test_no_collision_with_trl():
         ("ewc_lambda", -1.0, "at least 0"),
         ("ewc_lambda", float("nan"), "finite"),
         ("ewc_lambda", float("inf"), "finite"),
+        ("ewc_lambda", 10**400, "finite"),
+        ("ewc_gamma", 10**400, "finite"),
         ("ewc_lambda", "strong", "finite number"),
         ("ewc_lambda", None, "finite number"),
         ("ewc_lambda", True, "finite number"),

@@ -120,6 +120,7 @@ DOCUMENTS = {
     "a task's weight": set_to("tasks", 0, "weight", "heavy"),
     "a task's weight below 0": set_to("tasks", 0, "weight", -1),
     "a weight of 400 digits": set_to("tasks", 0, "weight", 10**400),
+    "examples of 400 digits": set_to("tasks", 0, "num_examples", 10**400),
     "a task's examples": set_to("tasks", 0, "num_examples", 2.5),
     "parameters in a list": set_to("parameters", ["scale"]),
     "a parameter that is none": set_to("parameters", "scale", 3),

@@ -112,7 +112,7 @@ def test_other_weights_are_said_where_a_run_begins_from_them(tmp_path, caplog):
             run(model, KilledAt("on_step_end", 2), **options)
         caplog.clear()
         run(model, **options)
-        assert "begun with others than these: the model's weights." in caplog.text
+        assert "begun with others than these: the model's weights, the callbacks." in caplog.text
         caplog.clear()
         run(model, **options)  # done: nothing begins from the model
         assert "the model's weights" not in caplog.text
@@ -314,6 +314,21 @@ def test_a_damaged_list_of_replayed_examples_says_so(text, tmp_path):
 
 def scaled(outputs, labels, num_items_in_batch=None, factor=1.0):
     return factor * torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+
+def test_other_callbacks_are_said(tmp_path, caplog):
+    def run(*callbacks):
+        caplog.clear()
+        run_tasks(vit(), two_tasks(), arguments(tmp_path, max_steps=1), callbacks=list(callbacks))
+        return "with others than these: the callbacks." in caplog.text
+
+    class Anneals(TrainerCallback):
+        pass
+
+    assert not run(Anneals)
+    assert not run(Anneals())  # the same as a class and as an object
+    assert run()
+    assert run(Anneals(), TrainerCallback())
 
 
 def test_other_settings_of_functions_and_collators_are_said(tmp_path, caplog):

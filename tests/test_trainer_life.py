@@ -234,6 +234,22 @@ def test_a_given_checkpoint_that_is_cut_off(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "model.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_of_a_checkpoint_that_is_cut_off(tmp_path: Path, name: str, share: float) -> None:
+    """As by a copy that broke off: the one before it is gone on from, and ends the same."""
+    whole = run_with_checkpoints(tmp_path, max_steps=3)
+    whole.train()
+    file = tmp_path / "checkpoint-3" / name
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    resumed = run_with_checkpoints(tmp_path, max_steps=3)
+    with pytest.raises(ValueError, match=f"not a whole checkpoint: {name}"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=True)
+    for one, two in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_checkpoint_that_is_written_over_is_not_whole_until_it_is_done(tmp_path: Path) -> None:
     run_with_checkpoints(tmp_path, max_steps=2).train()
     whole, older = tmp_path / "checkpoint-2", tmp_path / "checkpoint-1"

@@ -36,7 +36,7 @@ def number(
     try:
         # YAML reads 1e4, without a dot, as a string.
         found = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or found < low or found > high or (open_low and found == low):
         refuse(name, value, allowed)

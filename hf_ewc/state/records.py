@@ -52,8 +52,10 @@ class TaskRecord:
             value = getattr(self, field)
             if not isinstance(value, str):
                 raise ValueError(f"{field} of a task is {value!r:.80}; it is a string.")
-        if type(self.num_examples) is not int or self.num_examples < 1:
-            raise ValueError(f"num_examples of a task is {self.num_examples!r:.80}; at least 1.")
+        if type(self.num_examples) is not int or not 1 <= self.num_examples < 2**63:
+            raise ValueError(
+                f"num_examples of a task is {self.num_examples!r:.80}; from 1 to below 2**63."
+            )
         if not is_number(self.weight):
             raise ValueError(f"weight of a task is {self.weight!r:.80}; finite and at least 0.")
         labels = self.labels_per_example

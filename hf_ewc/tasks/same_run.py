@@ -155,7 +155,13 @@ def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
             "data_collator": _settings_of(plan.data_collator),
             "log_likelihood": _settings_of(plan.log_likelihood),
         },
+        "callbacks": [_class_of(each) for each in plan.trainer_kwargs.get("callbacks") or ()],
     }
+
+
+def _class_of(given: Any) -> str:
+    """The name of a class, or of the class of an object."""
+    return (given if isinstance(given, type) else type(given)).__qualname__
 
 
 def _settings_of_task(task: Task, plan: Plan, model: nn.Module) -> dict[str, Any]:
@@ -287,6 +293,7 @@ def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> N
         ("training", "the model's configuration, dtypes or which of its parameters are trained"),
         ("weights", "the model's weights"),
         ("settings", "the settings of the data collator, loss function or likelihood"),
+        ("callbacks", "the callbacks"),
     ):
         own = wanted.get(key)
         others += [what] * (own not in (None, found.get(key, own)))

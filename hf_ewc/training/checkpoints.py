@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zipfile
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_ewc.state.anchor_reference import weight_files
@@ -17,6 +19,12 @@ from hf_ewc.state.storage import save_reference
 
 logger = logging.getLogger("hf_ewc")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Files that the Trainer reads again, of which a copy that broke off leaves a part.
+_OF_SAFETENSORS = ("model*.safetensors", "adapter_model*.safetensors")
+_OF_TORCH = (
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+    *("pytorch_model*.bin", "adapter_model*.bin"),
+)
 
 
 def store(state: EWCState, folder: Path, in_checkpoint: bool, write: bool) -> None:
@@ -86,10 +94,11 @@ def checkpoint_to_resume(resume: str | bool, output_dir: Path) -> str | bool | N
                 f"resume_from_checkpoint is {str(resume)!r}, which is no folder here; pass one "
                 "that the trainer saved, or True for the newest in output_dir."
             )
-        if _CHECKPOINT.fullmatch(Path(str(resume)).name) and not is_complete(Path(str(resume))):
+        damaged = _damaged(Path(str(resume)))
+        if damaged and _CHECKPOINT.fullmatch(Path(str(resume)).name):
             raise ValueError(
-                f"{resume} is not a whole checkpoint: {TRAINER_STATE_NAME} is missing or cut off, "
-                "as after a process that was killed while saving. Pass "
+                f"{resume} is not a whole checkpoint: {damaged} is missing or cut off, as after a "
+                "process that was killed while saving, or a copy that broke off. Pass "
                 "resume_from_checkpoint=True to continue from the newest whole one."
             )
         return resume
@@ -124,12 +133,32 @@ def check_same_everywhere(found: str | bool | None) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer finished writing `checkpoint`."""
+    """Whether the Trainer finished writing `checkpoint`, and its files are as long as they were."""
+    return _damaged(checkpoint) is None
+
+
+def _damaged(checkpoint: Path) -> str | None:
+    """A file of `checkpoint` that is missing or cut off, None if it is whole."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return TRAINER_STATE_NAME
+    if not isinstance(state, dict) or "global_step" not in state:
+        return TRAINER_STATE_NAME
+    of_torch = (path for name in _OF_TORCH for path in checkpoint.glob(name))
+    of_safetensors = (path for name in _OF_SAFETENSORS for path in checkpoint.glob(name))
+    cut = [path for path in of_torch if path.is_file() and not zipfile.is_zipfile(path)]
+    cut += [path for path in of_safetensors if path.is_file() and not _has_its_length(path)]
+    return cut[0].name if cut else None
+
+
+def _has_its_length(path: Path) -> bool:
+    """Whether a file of safetensors ends where its header says."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
         return False
-    return isinstance(state, dict) and "global_step" in state
 
 
 def has_optimizer(checkpoint: Path) -> bool:
