@@ -20,7 +20,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -31,9 +30,8 @@ from torch.optim.optimizer import (
 from hf_ewc.config import EWCConfig
 from hf_ewc.parameters.sharding import local_part
 from hf_ewc.training.active_penalty import ActivePenalty
+from hf_ewc.training.moved_weights import MovedWeights
 
-# So many of the smallest weights tell whether a training step moves them.
-_LOOKED_AT = 4
 # Numbers of the terms of a penalty.
 Members = frozenset[int]
 
@@ -66,7 +64,7 @@ class OncePerStep:
         self._noted = False
         self._witness = _Witness()
         self._has_entered = False
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._before: MovedWeights | None = None
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -105,11 +103,10 @@ class OncePerStep:
 
     def look_before(self) -> None:
         """As a window begins: what some weights are, until the penalty has entered once."""
-        if not self._has_entered and not self._before:
+        if not self._has_entered and self._before is None:
             terms = self._active.penalty.terms
-            pulled = [p for term in terms if term.is_pulled for p in term.parameters]
-            few = sorted((p for p in pulled if p.requires_grad), key=Tensor.numel)[:_LOOKED_AT]
-            self._before = [(p, local_part(p.detach()).clone()) for p in few]
+            pulled = (p for term in terms if term.is_pulled for p in term.parameters)
+            self._before = MovedWeights(pulled)
 
     def look_after(self) -> None:
         """As a window ends.
@@ -117,16 +114,9 @@ class OncePerStep:
         Raises:
             RuntimeError: its training steps have moved weights, and no penalty entered.
         """
-        before, self._before = self._before, []
-        if self._has_entered or not before:
-            return
-        if any(not torch.equal(local_part(p.detach()), value) for p, value in before):
-            raise RuntimeError(
-                "The training step moved weights that EWC protects by itself, without a backward "
-                "pass and a step of a torch optimizer, where the penalty's gradient enters: they "
-                "were trained without it. Let a torch.optim.Optimizer take the step, or train "
-                "without ewc_state and add ewc_lambda * state.penalty(model) to the loss."
-            )
+        before, self._before = self._before, None
+        if before is not None and not self._has_entered:
+            before.refuse()
 
     def _note_nothing(self) -> None:
         """A penalty that protects nothing is 0 in the log of each step, once."""
@@ -249,14 +239,16 @@ class _Witness:
     """Notices that gradients were cleared and computed again after the penalty had entered.
 
     Gradients that were merely replaced (clipped, say, by the user) still hold it; so one parameter
-    is asked whether a backward pass has reached it since, and whether its gradient is another.
+    is asked whether a backward pass has reached it since, and whether its gradient is another, or
+    was 0 then.
     """
 
     def __init__(self) -> None:
         self._parameter: Tensor | None = None
         self._gradient: Tensor | None = None
-        self._reached = False
-        self._handle: Any = None
+        self._value: Tensor | None = None
+        self._reached = self._was_zeroed = False
+        self._handles: list[Any] = []
 
     @property
     def has_gradient(self) -> bool:
@@ -270,26 +262,39 @@ class _Witness:
         self.close()
         reached = [p for p in candidates if p.grad is not None and p.is_leaf and p.requires_grad]
         if reached:
-            self._parameter = min(reached, key=Tensor.numel)
-            self._handle = self._parameter.register_post_accumulate_grad_hook(self._note)
+            parameter = self._parameter = min(reached, key=Tensor.numel)
+            self._handles = [
+                parameter.register_hook(self._look),
+                parameter.register_post_accumulate_grad_hook(self._note),
+            ]
 
     def remember(self) -> None:
         self._gradient = None if self._parameter is None else self._parameter.grad
-        self._reached = False
+        self._value = None if self._gradient is None else local_part(self._gradient).clone()
+        self._reached = self._was_zeroed = False
 
     def let_go(self) -> None:
         """Keep no gradient alive."""
-        self._gradient = None
+        self._gradient = self._value = None
 
     def saw_another_gradient(self) -> bool:
         """Whether the gradient is a new one, computed since `remember`."""
         parameter = self._parameter
-        return parameter is not None and self._reached and parameter.grad is not self._gradient
+        if parameter is None or not self._reached:
+            return False
+        return self._was_zeroed or parameter.grad is not self._gradient
 
     def close(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._parameter = self._gradient = self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._parameter = self._gradient = self._value = None
+        self._handles = []
+
+    def _look(self, _: Tensor) -> None:
+        """Before a backward pass adds to the gradient: it may be 0 now, the same tensor."""
+        if self._gradient is None or self._value is None or self._was_zeroed:
+            return
+        self._was_zeroed = bool(self._value.any()) and not local_part(self._gradient).any()
 
     def _note(self, parameter: Tensor) -> None:
         self._reached = True

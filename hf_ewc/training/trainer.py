@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_ewc.config import EWCConfig
@@ -26,7 +27,9 @@ from hf_ewc.training.final_weights import use_final_weights
 from hf_ewc.training.held_out import hold_out
 from hf_ewc.training.hyperparameters import without_ewc_settings
 from hf_ewc.training.loss_scaling import answers_for_itself, correct_loss_scaling, has_own_loss
+from hf_ewc.training.moved_weights import MovedWeights
 from hf_ewc.training.once_per_step import OncePerStep, replaced, watched_optimizers
+from hf_ewc.training.own_loop import has_own_loop, holds_any, watch_train
 from hf_ewc.training.own_step import OwnStep
 from hf_ewc.training.penalty_log import PenaltyLog
 from hf_ewc.training.preferences import Likelihood
@@ -57,6 +60,12 @@ class EWCMixin(StateHolder):
             fewer processes take part than the launcher was asked for.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass's own `train` is watched, too, where it does not call that of the mixin."""
+        super().__init_subclass__(**kwargs)
+        if cls.train is not EWCMixin.train:
+            watch_train(cls, EWCMixin._ewc_watching)
+
     def __init__(
         self,
         *args: Any,
@@ -78,6 +87,8 @@ class EWCMixin(StateHolder):
         self._ewc_has_begun = False  # whether this train() has taken its first step
         self._ewc_loss_is_scaled = False
         self._ewc_in_step = False
+        self._ewc_is_watched = False
+        self._ewc_in_own_loop = False  # which has called no training_step so far
         self._ewc_own_step = OwnStep(self)
         super().__init__(*args, ewc_config=ewc_config, **kwargs)
         self._ewc_data: tuple[Any, Any] = (None, None)  # what is trained on, and what is not
@@ -206,7 +217,8 @@ class EWCMixin(StateHolder):
         """
         self._ewc_own_step.reaches(inputs)
         result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
-        if self._ewc_in_step or not model.training or not self._ewc_state:
+        in_step = self._ewc_in_step or self._ewc_in_own_loop
+        if in_step or not model.training or not self._ewc_state:
             return result
         loss, *outputs = result if return_outputs else (result,)
         loss = loss + self._ewc_bound().penalty.differentiable().to(loss.device, loss.dtype)
@@ -240,6 +252,7 @@ class EWCMixin(StateHolder):
         if self._ewc_in_step or not self._ewc_active:
             yield
             return
+        self._ewc_in_own_loop = False
         if not self._ewc_has_begun:
             self._ewc_begin(model)
         if self._ewc_entry is not None:
@@ -261,12 +274,29 @@ class EWCMixin(StateHolder):
             scaler = self.accelerator.scaler
             self._ewc_entry.enter(1.0 if scaler is None else float(scaler.get_scale()))
 
+    def _ewc_begin_without_step(self, optimizer: Optimizer | None = None) -> None:
+        """In a training loop that calls no `training_step`, begin where its gradients are used."""
+        if self._ewc_has_begun or not self._ewc_state or self.is_deepspeed_enabled:
+            return
+        if optimizer is None or holds_any(optimizer, self._ewc_model.parameters()):
+            self._ewc_begin(self._ewc_model)
+
     @contextmanager
     def _ewc_watching(self) -> Iterator[None]:
-        """For the time of a run: see each training step, clipping and optimizer step."""
+        """For the time of a run: see each training step, clipping and optimizer step.
 
-        def before(*step: Any) -> Any:
-            return None if self._ewc_entry is None else self._ewc_entry.before_step(*step)
+        Raises:
+            RuntimeError: a loop of a subclass has moved weights, and no penalty entered.
+        """
+        if self._ewc_is_watched:
+            yield
+            return
+
+        def before(optimizer: Optimizer, *step: Any) -> Any:
+            self._ewc_begin_without_step(optimizer)
+            return (
+                None if self._ewc_entry is None else self._ewc_entry.before_step(optimizer, *step)
+            )
 
         def after(*step: Any) -> None:
             if self._ewc_entry is not None:
@@ -282,18 +312,35 @@ class EWCMixin(StateHolder):
         def before_clipping(clip: Callable[..., Any]) -> Callable[..., Any]:
             def with_penalty(*args: Any, **kwargs: Any) -> Any:
                 if self.accelerator.sync_gradients:
+                    self._ewc_begin_without_step()
                     self._ewc_enter()
                 return clip(*args, **kwargs)
 
             return with_penalty
 
         with ExitStack() as stack:
+            stack.enter_context(self._ewc_own_loop())
             stack.enter_context(replaced(self, "training_step", around_step))
             if not self.is_deepspeed_enabled:
                 stack.enter_context(watched_optimizers(before, after))
                 for name in ("clip_grad_norm_", "clip_grad_value_"):
                     stack.enter_context(replaced(self.accelerator, name, before_clipping))
             yield
+
+    @contextmanager
+    def _ewc_own_loop(self) -> Iterator[None]:
+        """Around a run, whose loop may be a subclass's own."""
+        self._ewc_expect_run()
+        self._ewc_is_watched = True
+        self._ewc_in_own_loop = has_own_loop(type(self))
+        looks = self._ewc_in_own_loop and bool(self._ewc_state)
+        weights = MovedWeights(self._ewc_model.parameters()) if looks else None
+        try:
+            yield
+        finally:
+            own, self._ewc_in_own_loop, self._ewc_is_watched = self._ewc_in_own_loop, False, False
+        if own and weights is not None and not self._ewc_has_begun:
+            weights.refuse()
 
     def _ewc_correct_scaling(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
