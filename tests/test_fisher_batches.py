@@ -144,7 +144,36 @@ def _floats(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+@dataclass
+class Meta:
+    """What goes with the examples, in an object."""
+
+    names: list
+
+
+class Bare:
+    """The same in one that cannot be compared."""
+
+    def __init__(self, names):
+        self.names = names
+
+
+class ByMeta(Heads):
+    def forward(self, x, meta, labels=None):
+        return super().forward(x, meta.names)
+
+
+def in_object(kind):
+    def collate(rows):
+        batch = name_each(rows)
+        return {"x": batch["x"], "labels": batch["labels"], "meta": kind(batch["names"])}
+
+    return collate
+
+
 CASES = {
+    "names in a dataclass": (ByMeta, names(), in_object(Meta)),
+    "names in an object": (ByMeta, names(), in_object(Bare)),
     "one picture each": (Pictures, texts([1] * 8), join),
     "two pictures each": (Pictures, texts([2] * 8), join),
     "as many pictures as texts": (Pictures, texts([1] * 4 + [2, 0, 1, 1]), join),
@@ -163,6 +192,7 @@ CASES = {
 # Where nothing says which picture is whose once they lie in one batch.
 UNEQUAL = (
     "as many pictures as texts", "more pictures", "unequal at first", "with their counts",
+    "names in a dataclass", "names in an object",
 )  # fmt: skip
 
 

@@ -579,3 +579,51 @@ def test_outputs_that_change_from_call_to_call_are_not_called_margins(moves):
     batch = {"x": features(EXAMPLES), "labels": LABELS}
     with pytest.raises(ValueError, match="other logits when it is called again"):
         estimate_fisher(Changing(moves), [batch])
+
+
+class TwoHeads(nn.Module):
+    """Trained by the labels of both heads, of which the second's have a name of their own."""
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+        self.weight = weight
+
+    def forward(self, x, labels=None, sentiment=None):
+        hidden = torch.tanh(self.body(x))
+        found = {"logits": self.first(hidden), "second": self.second(hidden)}
+        if labels is not None:
+            further = F.cross_entropy(found["second"], sentiment)
+            loss = F.cross_entropy(found["logits"], labels) + self.weight * further
+            found = {"loss": loss, **found}
+        return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("weight", [1.0, 0.1])
+def test_a_second_head_that_only_the_loss_shows(weight, batch_size):
+    rows = [
+        {"x": row, "labels": label, "sentiment": torch.tensor(n // 2 % 2)}
+        for n, (row, label) in enumerate(zip(features(EXAMPLES), LABELS, strict=True))
+    ]
+    with pytest.raises(ValueError, match="holds sentiment besides its labels"):
+        estimate_fisher(TwoHeads(weight), rows, batch_size=batch_size)
+
+
+class Regularized(Own):
+    """Its loss has a term that is none of labels, such as a router's."""
+
+    def forward(self, x, labels=None):
+        found = super().forward(x, labels)
+        if "loss" in found:
+            found["loss"] = found["loss"] + torch.tanh(self.hidden(x)).square().mean()
+        return found
+
+
+def test_a_term_of_the_inputs_is_none_of_labels():
+    model = Regularized(3, F.cross_entropy)
+    batch = {"x": features(EXAMPLES), "labels": LABELS}
+    found = estimate_fisher(model, [batch], fisher_type="empirical")
+    expected = loop(model, batch, lambda z, y: [(1.0, z.log_softmax(-1)[y])])
+    assert_close(found.diagonal, expected, relative=1e-4)

@@ -412,3 +412,55 @@ def test_a_loader_that_the_fisher_does_not_follow_is_said(
 ) -> None:
     trainer_of(Loads, tmp_path).consolidate()
     assert any("training loader of Loads is its own" in message for message in caplog.messages)
+
+
+class TwoTasks(Words):
+    """A second head, which the trainer's own loss takes for one of the tasks, or for all."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.other = nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        hidden = torch.tanh(scale * self.embedding(input_ids)).mean(1)
+        return {"logits": self.head(hidden), "hidden": hidden}
+
+
+def test_a_loss_of_another_head_for_later_examples(tmp_path: Any, caplog: Any) -> None:
+    """Data in the order of their tasks show the first one's in front."""
+    data = [{**row, "task": torch.tensor(n // 6)} for n, row in enumerate(rows("one", 12))]
+
+    def loss(model: Any, inputs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        chosen = inputs["task"].bool().unsqueeze(-1)
+        scores = torch.where(chosen, model.other(outputs["hidden"]), outputs["logits"])
+        return F.cross_entropy(scores, inputs["labels"]), outputs
+
+    with caplog.at_level(logging.WARNING):
+        learner(TwoTasks(), data, tmp_path, loss).consolidate()
+    assert "is not −log p of what TwoTasks returns" in caplog.text
+
+
+def test_a_further_head_in_the_trainers_loss(tmp_path: Any, caplog: Any) -> None:
+    data = [{**row, "mood": torch.tensor(n // 2 % 3)} for n, row in enumerate(rows("one"))]
+
+    def loss(model: Any, inputs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        further = F.cross_entropy(model.other(outputs["hidden"]), inputs["mood"])
+        return F.cross_entropy(outputs["logits"], inputs["labels"]) + further, outputs
+
+    with caplog.at_level(logging.WARNING):
+        learner(TwoTasks(), data, tmp_path, loss).consolidate()
+    assert "a further term beside −log p of the labels, and takes mood" in caplog.text
+
+
+def test_a_column_that_the_loss_takes_out_is_no_further_head(tmp_path: Any, caplog: Any) -> None:
+    data = [{**row, "place": torch.tensor(n)} for n, row in enumerate(rows("one"))]
+
+    def loss(model: Any, inputs: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"])
+        return F.cross_entropy(outputs["logits"], inputs["labels"]), outputs
+
+    with caplog.at_level(logging.WARNING):
+        learner(TwoTasks(), data, tmp_path, loss).consolidate()
+    assert not caplog.text

@@ -103,7 +103,7 @@ def stated_losses(
 
     None where there are no labels by a name that is known, and where it fails, which is said.
     """
-    if (examples := _first_of(data)) is None:
+    if (examples := _few_of(data)) is None:
         return []
     with contextlib.suppress(Exception):
         batch = trainer._prepare_inputs(collator(examples))
@@ -158,7 +158,10 @@ def _stated_in(
         fits = classes is not None and not labels.is_floating_point() and labels.dim() == 1
         given[name] = made_up(labels, classes if fits else None, turn, holes=False)
     number = int(are_there(given[name]).sum())
-    return StatedLoss(reaches(given), _loss(trainer, model, given, number))
+    reached = reaches(given)
+    own = {id(value) for value in reached.values()}
+    kept_back = tuple(n for n, v in given.items() if isinstance(v, Tensor) and id(v) not in own)
+    return StatedLoss(reached, _loss(trainer, model, given, number), kept_back)
 
 
 def _loss(trainer: Trainer, model: nn.Module, inputs: Any, labels: int) -> Tensor:
@@ -171,20 +174,27 @@ def _loss(trainer: Trainer, model: nn.Module, inputs: Any, labels: int) -> Tenso
     return loss.detach().mean()
 
 
-def _first_of(data: Any) -> list[Any] | None:
-    """A few of the first examples, of texts the shortest among them; of a stream the first.
+def _few_of(data: Any) -> list[Any] | None:
+    """A few examples from all along the data, of texts the shortest among them.
 
-    Padding that a loss leaves out shows in a batch of texts that are not as long as each other.
+    Of a stream the first ones. Padding that a loss leaves out shows in a batch of texts that are
+    not as long as each other.
     """
     if isinstance(data, (IterableDataset, datasets.IterableDataset)):
         return list(itertools.islice(data, _EXAMPLES)) or None
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")) or len(data) == 0:
         return None
-    first = [data[i] for i in range(min(_EXAMPLES, len(data)))]
-    if not isinstance(first[0], Mapping) or "input_ids" not in first[0]:
-        return first
-    more = first + [data[i] for i in range(_EXAMPLES, min(_LOOKED_THROUGH, len(data)))]
-    return sorted([*first[1:], min(more, key=_length)], key=_length, reverse=True)
+    few = [data[i] for i in _spread(len(data), _EXAMPLES)]
+    if not isinstance(few[0], Mapping) or "input_ids" not in few[0]:
+        return few
+    more = few + [data[i] for i in _spread(len(data), _LOOKED_THROUGH)]
+    return sorted([*few[1:], min(more, key=_length)], key=_length, reverse=True)
+
+
+def _spread(size: int, number: int) -> list[int]:
+    """At most so many places, from the first to the last, as far from each other as can be."""
+    number = min(size, number)
+    return [i * (size - 1) // max(number - 1, 1) for i in range(number)]
 
 
 def _length(example: Mapping[str, Any]) -> int:
@@ -211,7 +221,7 @@ def _calls(
     trainer: Trainer, model: nn.Module, data: Any, collator: Collator
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]]] | None:
     """A batch, and what each forward on it is called with; None where the loss fails."""
-    if (examples := _first_of(data)) is None:
+    if (examples := _few_of(data)) is None:
         return None
     calls: list[dict[str, Any]] = []
 

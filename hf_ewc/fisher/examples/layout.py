@@ -248,12 +248,16 @@ def _same(one: Any, other: Any) -> bool:
         return one.shape == other.shape and torch.equal(
             one.nan_to_num(), other.to(one).nan_to_num()
         )
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):  # objects with tensors or arrays in them
+        return False
 
 
 def _shared(value: Any, present: Sequence[Any], path: str) -> Shared:
-    plain = isinstance(value, (Tensor, *PLAIN))
-    if plain and not all(_same(value, one) for one in present):
+    if not all(value is one or _same(value, one) for one in present):
         raise Inseparable(f"{path} is {value!s:.40}, and {present[0]!s:.40} for an example alone")
     return SHARED
 

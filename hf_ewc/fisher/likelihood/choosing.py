@@ -66,6 +66,13 @@ def by_its_loss(
     return fits[0]
 
 
+def has_further_term(reading: Reading, observed: Sequence[Observation]) -> bool:
+    """Whether the loss is −log p by this reading and a term that does not depend on the labels."""
+    tolerance = rounding(observed)
+    finite = [observation for observation in observed if math.isfinite(observation.loss)]
+    return misfit(reading.read, finite, tolerance, further_term=False) > tolerance
+
+
 def refuse_unclear_shares(model: nn.Module, reading: Reading, batch: Batch) -> None:
     """Of mixed labels that a loss takes for yes or no because nobody has said what they are.
 

@@ -42,10 +42,12 @@ class StatedLoss:
     Args:
         batch: as the model gets it, with its labels.
         loss: of these labels, 0-dim.
+        kept_back: what the loss may be of besides, which the model does not get.
     """
 
     batch: Batch
     loss: Tensor
+    kept_back: tuple[str, ...] = ()
 
     def beside(self, outputs: Outputs) -> Observation:
         """The loss as if the forward with these outputs had come to it."""

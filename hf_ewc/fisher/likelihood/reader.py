@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.labels import (
     IGNORED,
+    LABEL_NAMES,
     Batch,
     further_labels,
     label_name,
@@ -28,7 +30,12 @@ from hf_ewc.fisher.likelihood.news import News
 from hf_ewc.fisher.likelihood.observing import Observer, few_examples, few_positions, has_labels
 from hf_ewc.fisher.likelihood.own_loss import Observation, StatedLoss
 from hf_ewc.fisher.likelihood.parts import Parts
-from hf_ewc.fisher.likelihood.readings import Reading
+from hf_ewc.fisher.likelihood.readings import (
+    Reading,
+    begins_with_padding,
+    most_padded,
+    predicted_from_text,
+)
 from hf_ewc.fisher.likelihood.slices import unseen
 from hf_ewc.fisher.memory import is_out_of_memory
 from hf_ewc.fisher.unwatched import unwatched
@@ -78,6 +85,7 @@ class LabelReader:
         self._news = News((pad,) if isinstance(pad, int) else ())
         self._observed: list[Observation] = []  # by which the reading was found
         self._looks = 0
+        self._padding_is_known = False
         # Not where processes run in step, nor of a text model's loss, which is the library's own.
         self._may_look_again = not in_full and not takes_any_length(model)
 
@@ -118,10 +126,9 @@ class LabelReader:
             return False
         if not self._forward.names(name):
             return False
-        other = torch.zeros_like(value) if bool(value.any()) else torch.ones_like(value)
         try:
             with torch.no_grad(), unwatched():
-                own, changed = self._forward(batch), self._forward({**batch, name: other})
+                own, changed = self._forward(batch), self._forward({**batch, name: _another(value)})
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -151,7 +158,10 @@ class LabelReader:
             return
         with contextlib.suppress(ValueError):  # a shift that nothing tells
             self._told = choosing.by_its_loss(self._model, candidates, observed)
-        if self._told is None and is_main_process():
+        told = self._told
+        if told is not None and stated[0].kept_back and choosing.has_further_term(told, observed):
+            logger.warning("%s", refusals.further_stated_loss(self._model, stated[0].kept_back))
+        if told is None and is_main_process():
             logger.warning("%s", refusals.other_stated_loss(self._model, observed[0], candidates))
         if decodes:
             self._told = None
@@ -226,7 +236,31 @@ class LabelReader:
             reading = self._told or by_what_is_said(self._model, said, outputs, batch)
             if has_labels(batch) and not self._loss_is_nan:
                 self._reading = reading
+        if reading.shifted and begins_with_padding(batch):
+            self._look_at_padding(batch, outputs)
+            batch = predicted_from_text(batch)
         return reading.read(outputs, batch)
+
+    def _look_at_padding(self, batch: Batch, outputs: Outputs) -> None:
+        """Say once if padding before a text changes what the model returns for it."""
+        if self._padding_is_known or self._in_full:
+            return
+        self._padding_is_known = True
+        place, alone = most_padded(batch)
+        if alone is None or outputs.logits is None:
+            return
+        try:
+            with torch.no_grad(), unwatched():
+                own = self._forward(alone)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return
+        if own.logits is None:
+            return
+        among = outputs.logits[place : place + 1, -own.logits.shape[1] :].detach()
+        if not same_scores(Outputs({"logits": among}), own):
+            warnings.warn(refusals.padding_counts(self._model), stacklevel=2)
 
     def _run(self, batch: Batch) -> Outputs:
         """The outputs; with labels, where the forward without them does something else."""
@@ -287,6 +321,8 @@ class LabelReader:
             reading = choosing.by_its_loss(self._model, candidates, observed)
         if reading is None:
             raise refusals.other_loss(self._model, observed, candidates)
+        if choosing.has_further_term(reading, observed):
+            self._refuse_a_second_head(first)
         if self._problem_type is None:
             choosing.refuse_unclear_shares(self._model, reading, first.batch)
         if reading.needs_labelled_forward:
@@ -325,6 +361,30 @@ class LabelReader:
             raise refusals.changed_loss(self._model, observed, candidates, what)
         self._reading = reading
 
+    def _refuse_a_second_head(self, observed: Observation) -> None:
+        """Of a loss with a further term: a router's is of what is computed, no input of its own."""
+        batch = observed.batch
+        others = [n for n in batch if isinstance(batch[n], Tensor) and n not in LABEL_NAMES]
+        found = [name for name in others if self._is_of_loss_alone(name, observed)]
+        if found:
+            raise several_heads(found)
+
+    def _is_of_loss_alone(self, name: str, observed: Observation) -> bool:
+        """Whether the loss depends on this input, and the outputs do not."""
+        if name.endswith("mask"):
+            return False
+        batch = {**observed.batch, name: _another(observed.batch[name])}
+        try:
+            with torch.no_grad(), unwatched():
+                changed = self._forward.with_labels(batch)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        if changed.loss is None or not same_scores(changed, observed.outputs):
+            return False
+        return abs(float(changed.loss) - observed.loss) > 1e-3 * abs(observed.loss)
+
     def _refuse_scores_of_labels(self, observed: Sequence[Observation]) -> None:
         """Of heads whose outputs know the labels, but for decoders that have them as inputs."""
         first, last = observed[0], observed[-1]
@@ -360,6 +420,10 @@ class LabelReader:
         if before <= 0 or (before != virtual and not known):
             return batch
         return {**batch, name: torch.nn.functional.pad(labels, (before, 0), value=IGNORED)}
+
+
+def _another(value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if bool(value.any()) else torch.ones_like(value)
 
 
 def _with_another(batch: ExampleBatch, place: int) -> Batch:

@@ -181,6 +181,27 @@ def other_stated_loss(model: nn.Module, first: Observation, candidates: Sequence
     )
 
 
+def padding_counts(model: nn.Module) -> str:
+    """A warning: what an example comes to depends on how long the others of its batch are."""
+    return (
+        f"{type(model).__name__} returns other logits for a text with padding before it than for "
+        "the text alone, as where positions are counted from the first place: the Fisher depends "
+        "on which texts share a batch. Pad on the right (padding_side='right'), hand over "
+        "position_ids, or use batch_size=1 (fisher_batch_size=1)."
+    )
+
+
+def further_stated_loss(model: nn.Module, kept_back: Sequence[str]) -> str:
+    """A warning: a loss has a term beside −log p of the labels, and inputs of its own."""
+    return (
+        "The trainer's own loss has a further term beside −log p of the labels, and takes "
+        f"{', '.join(kept_back)}, which {type(model).__name__} does not get. The Fisher is of the "
+        "labels alone: where the term is the loss of a further head or of other labels, what only "
+        "it trains would not be protected. Then pass log_likelihood= a function of (model, batch) "
+        "that returns log p(y|x) of each example, shape (batch,)."
+    )
+
+
 @torch.no_grad()
 def _stated(reading: Reading, observed: Observation) -> str:
     try:
