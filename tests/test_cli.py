@@ -401,6 +401,16 @@ def test_report_on_several_folders(tmp_path, capsys):
     assert (out / "report.md").read_text().startswith("# Two ways")
 
 
+@pytest.mark.parametrize("name", ["report.md", "curves.png"])
+def test_report_leaves_somebodys_files(tmp_path, name, capsys):
+    write_report(tmp_path / "plain", {"plain": {1: matrix(0.5)}})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    assert main(["report", str(tmp_path / "plain"), "-o", str(tmp_path / "mine")]) != 0
+    assert f"has {name} and no results.json" in capsys.readouterr().err
+    assert (tmp_path / "mine" / name).read_text() == "mine"
+
+
 def test_report_tells_runs_of_one_method_and_seed_apart(tmp_path):
     for name, last in (("weak", 0.5), ("strong", 0.9)):
         details = {"settings": {"args": {"seed": 4}}}

@@ -102,6 +102,16 @@ def test_flags_need_no_value():
     assert parse("--ewc_offload", "--fisher_stratified").fisher_stratified is True
 
 
+def test_a_setting_that_there_is_not_is_refused():
+    config = EWCConfig()
+    with pytest.raises(ValueError, match="no setting 'ewc_lamda'; is ewc_lambda meant"):
+        config.ewc_lamda = 1e4
+    with pytest.raises(ValueError, match="no setting 'colour'"):
+        config.colour = "red"
+    config.ewc_lambda = 1e4
+    assert config == EWCConfig(ewc_lambda=1e4)
+
+
 def test_every_field_has_help():
     assert all(field.metadata["help"].endswith(".") for field in fields(EWCConfig))
     HfArgumentParser((TrainingArguments, EWCConfig)).format_help()

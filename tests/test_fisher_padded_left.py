@@ -90,3 +90,16 @@ def test_positions_that_count_from_the_padding_are_said():
         warnings.simplefilter("error")
         estimate_fisher(gpt2(), texts(), data_collator=padded(left=True), batch_size=1)
         estimate_fisher(gpt2(), texts()[1:2] * 4, data_collator=padded(left=True), batch_size=2)
+
+
+def test_texts_that_come_padded_are_as_they_come():
+    """What is predicted from padding counts as in their loss, whatever the size of the batches."""
+    rows = [dict(zip(padded(left=True)(texts()), row, strict=True)) for row in zip(
+        *padded(left=True)(texts()).values(), strict=True)]  # fmt: skip
+    model = llama().eval()
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    expected = oracle.empirical(model, batch, shift=True)
+    for given in (rows, [batch]):
+        for batch_size in (1, 3):
+            found = estimate_fisher(model, given, fisher_type="empirical", batch_size=batch_size)
+            oracle.assert_close(found.diagonal, expected, relative=1e-4)

@@ -11,6 +11,7 @@ import fisher_oracle as oracle
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as t
 from models import Examples, bert
 from torch import nn
 from transformers import BertForQuestionAnswering
@@ -277,3 +278,103 @@ def test_news_are_what_was_not_there_before():
     assert news.of(batch([-100, 1], [2, 2])) is None  # missing, as is known
     mask = torch.tensor([[1, 1], [1, 0]])
     assert news.of(batch([1, 1], [2, 2], attention_mask=mask)) == ("a 0 in attention_mask", 1)
+
+
+class OfColumn(nn.Module):
+    """A class for each position; the loss has a column for itself, which says what counts."""
+
+    def __init__(self, name):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.name = nn.Linear(4, 6), nn.Linear(6, 3), name
+
+    def forward(self, x, labels=None, **columns):
+        logits = self.head(torch.tanh(self.body(x)))
+        if labels is None:
+            return {"logits": logits}
+        column = columns[self.name]
+        place = torch.arange(x.shape[1])
+        counts = {
+            "lengths": place < column.view(len(x), -1)[:, :1],
+            "prompt": place >= column.view(len(x), -1)[:, :1],
+            "valid": column.bool() if column.dim() > 1 else place >= 0,
+        }[self.name]
+        return {"loss": F.cross_entropy(logits[counts], labels[counts]), "logits": logits}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Examples; a plain list of these would look like a list of batches."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, n):
+        return self.rows[n]
+
+
+def with_column(name, number=12, whole=8):
+    """Examples of which all labels count, then some of which fewer do."""
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for n in range(number):
+        count = 5 if n < whole else 2 + n % 2
+        values = {
+            "lengths": torch.tensor(count),
+            "prompt": torch.tensor(5 - count),
+            "valid": torch.arange(5) < count,
+        }
+        x = torch.randn(5, 4, generator=generator)
+        labels = torch.randint(0, 3, (5,), generator=generator)
+        rows.append({"x": x, "labels": labels, name: values[name]})
+    return rows
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["lengths", "prompt", "valid"])
+def test_a_column_of_the_losss_own(name, size):
+    model, rows = OfColumn(name), with_column(name)
+    whole = estimate_fisher(model, Rows(rows[:8]), fisher_type="empirical", batch_size=size)
+    twin = copy.deepcopy(model).double()
+
+    def log_p(row):
+        logits = twin(row["x"][None].double())["logits"][0]
+        return -F.cross_entropy(logits, row["labels"], reduction="sum")
+
+    total = {n: torch.zeros_like(p) for n, p in twin.named_parameters()}
+    for row in rows[:8]:
+        twin.zero_grad()
+        log_p(row).backward()
+        for n, p in twin.named_parameters():
+            total[n] += p.grad**2 / 8
+    oracle.assert_close(whole.diagonal, total, relative=1e-4)
+    with pytest.raises(ValueError, match=f"batches were read .* in {name}"):
+        estimate_fisher(model, Rows(rows), fisher_type="empirical", batch_size=size)
+
+
+class LeavesOut(t.LlamaForCausalLM):
+    """A language model whose own loss leaves out one token."""
+
+    def forward(self, input_ids, labels=None, **options):
+        found = super().forward(input_ids, **options)
+        if labels is not None:
+            labels = labels.masked_fill(labels == 35, -100)
+            scores = found.logits[:, :-1].flatten(0, 1)
+            found.loss = F.cross_entropy(scores, labels[:, 1:].flatten())
+        return found
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_token_that_a_users_language_model_leaves_out(size):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LeavesOut(t.LlamaConfig(**sizes, vocab_size=40, intermediate_size=12)).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 20, (12, 8), generator=generator)
+    ids[9, 4] = 35
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    estimate_fisher(model, rows[:8], batch_size=size)
+    with pytest.raises(ValueError, match="a label of 35"):
+        estimate_fisher(model, rows, batch_size=size)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -163,6 +164,48 @@ def test_a_train_around_the_parents(tmp_path: Path) -> None:
     trainer.train()
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[1] > 0
+
+
+class ClipsByTorch(EWCTrainer):
+    """Clips by torch itself at the end of its step, which the Trainer then takes."""
+
+    calls = staticmethod(clip_grad_norm_)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args)
+        if self.accelerator.sync_gradients:
+            self.calls(model.parameters(), 1e-3)
+        return loss
+
+
+class ClipsByAttribute(ClipsByTorch):
+    calls = staticmethod(lambda *given: torch.nn.utils.clip_grad_norm_(*given))
+
+
+class ClipsAfterItsBackward(ClipsByTorch):
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any) -> Tensor:
+        model.train()
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss / self.args.gradient_accumulation_steps)
+        if self.accelerator.sync_gradients:
+            clip_grad_norm_(model.parameters(), 1e-3)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", [ClipsByTorch, ClipsByAttribute, ClipsAfterItsBackward])
+def test_a_users_clipping_by_torch_sees_the_penalty(
+    kind: type[EWCTrainer], accumulation: int, tmp_path: Path
+) -> None:
+    trainer = made(kind, tmp_path, by_model)
+    trainer.args.max_steps, trainer.args.learning_rate, trainer.args.optim = 1, RATE, "sgd"
+    trainer.args.gradient_accumulation_steps = accumulation
+    trainer.accelerator.gradient_accumulation_steps = accumulation
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    pairs = zip(trainer.model.parameters(), before, strict=True)
+    moved = sum(float((p.detach() - old).square().sum()) for p, old in pairs) ** 0.5
+    assert moved == pytest.approx(RATE * 1e-3, rel=0.05)
 
 
 class ClipsThenAnew(EWCTrainer):

@@ -31,6 +31,18 @@ class Steps(TrainerCallback):
     on_evaluate = on_prediction_step
 
 
+def test_batches_of_one_are_looked_at_one_at_a_time(tmp_path):
+    """As where nothing is padded, and texts are not as long as each other."""
+    rows = Examples("bert", 8)
+    cut = [{k: v[: 3 + n % 3] if v.dim() else v for k, v in r.items()} for n, r in enumerate(rows)]
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    args = arguments(tmp_path, max_steps=2, **sizes)
+    assert len(run_tasks(bert(), [Task("a", cut, cut)], args).metrics) == 1
+    args = arguments(tmp_path / "two", max_steps=2, **{**sizes, "per_device_eval_batch_size": 2})
+    with pytest.raises(ValueError, match="first examples of the eval_dataset of task 'a'"):
+        run_tasks(bert(), [Task("a", cut, cut)], args)
+
+
 def examples(**changed):
     rows = Examples("bert", 8)
     return [

@@ -109,6 +109,7 @@ DOCUMENTS = {
     "a shape below 0": set_to("parameters", "scale", "shape", [-1]),
     "a shape of floats": set_to("parameters", "body.bias", "shape", [40.0]),
     "a shape beyond int64": set_to("parameters", "scale", "shape", [2**70]),
+    "a shape beyond any tensor": set_to("parameters", "scale", "shape", [2**40]),
     "no shape": set_to("parameters", "scale", "shape", None),
     "a file elsewhere": set_to("tensors", "file", "../elsewhere.safetensors"),
     "a file that is none": set_to("tensors", "file", 7),
@@ -297,3 +298,43 @@ def test_metadata_that_no_file_could_hold_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(document, "LARGEST_DOCUMENT", 1000)
     with pytest.raises(ValueError, match="keep what is large out of the metadata"):
         EWCState(metadata={"long": "x" * 1000}).save_pretrained(tmp_path)
+
+
+DEEP = {}
+for _ in range(300):
+    DEEP = {"a": [DEEP]}
+HEAD = {"parameters": ["scale"], "labels": None, "hashes": None}
+FINGERPRINTS = {
+    "a list": [],
+    "a head in words": {"head": "scale"},
+    "a head without labels": {"head": {"parameters": ["scale"]}},
+    "a head of no parameter": {"head": {**HEAD, "parameters": []}},
+    "a head of numbers": {"head": {**HEAD, "parameters": [1]}},
+    "labels that are a number": {"head": {**HEAD, "labels": 5}},
+    "hashes of numbers": {"head": {**HEAD, "hashes": [1, 2]}},
+    "adapters in a list": {"adapters": ["LORA"]},
+    "an adapter that is a number": {"adapters": {"default": 8}},
+    "tied in a list": {"tied": ["scale"]},
+    "free in words": {"free": "scale"},
+    "a base in a list": {"base": []},
+    "a sample without hashes": {"base": {"scale": {"shape": [1]}}},
+    "a sample of a shape in words": {"base": {"scale": {"shape": ["1"], "hashes": []}}},
+    "a model that is a number": {"model": 1},
+}
+
+
+@pytest.mark.parametrize("kind", FINGERPRINTS)
+def test_fingerprints_that_no_model_has_are_refused(tmp_path, kind):
+    make().save_pretrained(tmp_path)
+    rewrite(tmp_path, change=set_to("metadata", {"fingerprint": FINGERPRINTS[kind]}))
+    with pytest.raises(ValueError, match="fingerprint"):
+        EWCState.from_pretrained(tmp_path)
+    rewrite(tmp_path, change=set_to("metadata", {"fingerprint": {"model": "Own", "head": HEAD}}))
+    EWCState.from_pretrained(tmp_path)
+
+
+def test_objects_in_objects_are_refused(tmp_path):
+    make().save_pretrained(tmp_path)
+    rewrite(tmp_path, change=set_to("metadata", DEEP))
+    with pytest.raises(ValueError, match="objects deep"):
+        EWCState.from_pretrained(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from test_tasks import CONFIG, arguments, examples, same_weights, two_tasks, vit
+from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     TrainerCallback,
@@ -204,6 +205,9 @@ def words(count=4):
         (dict(train_dataset=[]), ValueError, "is empty"),
         (dict(train_dataset="data.csv"), TypeError, r"data\.csv"),
         (dict(eval_dataset=pd.DataFrame({"labels": [1]})), TypeError, "from_pandas"),
+        (dict(eval_dataset=DataLoader([{"labels": 1}])), TypeError, "give its .dataset"),
+        (dict(train_dataset=DataLoader([{"labels": 1}])), TypeError, "give its .dataset"),
+        (dict(eval_dataset={1, 2}), TypeError, "no order; give a list"),
         (dict(eval_dataset={"a": examples((2, 3))}), TypeError, "one data set"),
         (dict(train_dataset=DatasetDict()), TypeError, "one data set"),
         (dict(train_dataset=words()), ValueError, "strings, such as 'a word of 13'"),
@@ -271,7 +275,7 @@ def test_somebodys_file_of_a_runs_name_is_not_removed(name, text, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("name", ["report.md", "curves.png", "importance.png"])
+@pytest.mark.parametrize("name", ["report.md", "curves.png", "importance.png", "costs.json"])
 def test_somebodys_report_is_not_written_over(name, resume, tmp_path):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"has {name} and no results.json"):
@@ -577,3 +581,22 @@ def test_a_run_stays_in_its_folder_where_a_users_function_changes_the_directory(
     assert (tmp_path / "run/report.md").exists()
     kept = sorted(path.parent.name for path in (tmp_path / "run").glob("*/final"))
     assert kept == ["01-0-or-1", "02-2-or-3"]
+
+
+@pytest.mark.parametrize("name", ["report.md", "curves.png", "importance.png"])
+def test_a_page_that_a_kill_left_out_is_made_later(name, tmp_path):
+    run(tmp_path)
+    (tmp_path / name).unlink()
+    run(tmp_path)
+    assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("model", ["bert-base-uncased", None, torch.nn.Linear])
+def test_what_is_no_model(model, tmp_path):
+    with pytest.raises(TypeError, match="needed is a model, such as"):
+        run_tasks(model, two_tasks(), arguments(tmp_path, max_steps=1))
+
+
+def test_a_name_in_place_of_a_processor(tmp_path):
+    with pytest.raises(TypeError, match="processing_class is 'bert'"):
+        run(tmp_path, processing_class="bert")

@@ -21,7 +21,8 @@ from transformers import (
 from hf_ewc import SequenceConfig, compare_methods, run_tasks
 from hf_ewc.tasks.fingerprints import of_data, of_weights
 from hf_ewc.tasks.folder_lock import LOCK_FILE, only_run_in
-from hf_ewc.tasks.same_run import check_same_run
+from hf_ewc.tasks.runner import planned
+from hf_ewc.tasks.same_run import check_same_run, settings_of
 
 
 class KilledAt(TrainerCallback):
@@ -314,6 +315,43 @@ def test_a_damaged_list_of_replayed_examples_says_so(text, tmp_path):
 
 def scaled(outputs, labels, num_items_in_batch=None, factor=1.0):
     return factor * torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+
+class Words:
+    """Stands for a tokenizer."""
+
+    def __init__(self, name, size):
+        self.name_or_path, self._size = name, size
+
+    def __len__(self):
+        return self._size
+
+    def __call__(self, texts):
+        return {}
+
+    def save_pretrained(self, folder):
+        pass
+
+
+def test_another_processor_is_said(tmp_path, caplog):
+    def run(words):
+        caplog.clear()
+        run_tasks(vit(), two_tasks(), arguments(tmp_path, max_steps=1), processing_class=words)
+        return "with others than these: the processing_class." in caplog.text
+
+    assert not run(Words("small", 9))
+    assert not run(Words("small", 9))
+    assert run(Words("large", 9))
+    assert run(Words("small", 10))
+
+
+def test_other_numbers_of_processes_are_said(tmp_path, caplog):
+    plan = planned(two_tasks(), arguments(tmp_path, max_steps=1))
+    wanted = settings_of(plan, vit())
+    found = copy.deepcopy(wanted)
+    found["looks"]["processes"] = 4
+    check_same_run(tmp_path / "results.json", found, wanted)
+    assert "with others than these: the number of processes" in caplog.text
 
 
 def test_other_callbacks_are_said(tmp_path, caplog):

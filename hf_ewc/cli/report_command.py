@@ -12,6 +12,7 @@ from typing import Any
 from hf_ewc.report import difference_table, score_table, summary_table, write_report
 from hf_ewc.report.outcome import Outcome, as_runs, matrices
 from hf_ewc.report.results import read_outcomes
+from hf_ewc.tasks.run_folder import refuse_somebodys_report
 
 EXAMPLES = """
 FOLDER holds a results.json, or folders that do: a seed each, a method each.
@@ -46,6 +47,7 @@ def run(given: argparse.Namespace) -> None:
                 f"-o {output} holds the results of a run, which could not go on without them; "
                 "give another folder."
             )
+    refuse_somebodys_report(output)
     runs = as_runs(merged(found for file in files for found in runs_in(file)))
     write_report(output, runs, title=given.title)
     print(summary_table(runs))

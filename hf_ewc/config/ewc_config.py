@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Protocol
 
 from hf_ewc.config.checked import (
@@ -222,6 +223,14 @@ class EWCConfig:
             "Seed of the choice of examples and of sampled labels. Another one for repetitions."
         ),
     )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse a name that is none of a setting: a `ValueError`."""
+        if not hasattr(type(self), name) and name not in type(self).__dataclass_fields__:
+            like = get_close_matches(name, type(self).__dataclass_fields__, 1)
+            meant = f"; is {like[0]} meant?" if like else "."
+            raise ValueError(f"EWCConfig has no setting {name!r}{meant}")
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
         if self.ewc_lambda not in (AUTO, STATE):

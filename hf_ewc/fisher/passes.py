@@ -79,7 +79,10 @@ class Passes:
             _check_values(values, batch)
             return values
         self._reader.settle(batch)
-        return self._reader.distribution(batch.inputs).graph_output()
+        return self._distribution(batch).graph_output()
+
+    def _distribution(self, batch: ExampleBatch) -> Distribution:
+        return self._reader.distribution(batch.inputs, padded_here=batch.padded_here)
 
     def settle_type(self, first: ExampleBatch) -> None:
         """What outputs and "auto" mean, by an example that all processes have."""
@@ -153,7 +156,7 @@ class Passes:
         yield _finite(values.sum(), batch)
 
     def _of_model(self, batch: ExampleBatch) -> Iterator[Tensor]:
-        distribution = self._reader.distribution(batch.inputs)
+        distribution = self._distribution(batch)
         _check_number(distribution, batch)
         kept = _kept(batch, distribution.labelled.device)
         if batch.padding:

@@ -73,12 +73,14 @@ class EWCState:
         constants = {canonical_name(key): float(value) for key, value in (offsets or {}).items()}
         validate(strengths, centers, constants)
         check_records(tasks)
+        facts = as_json(metadata or {})
+        fingerprint.refuse_malformed(facts.get("fingerprint"))
         self.__dict__.update(
             importance=strengths,
             anchor=centers,
             offsets=ReadOnly({name: constants.get(name, 0.0) for name in strengths}),
             tasks=tuple(tasks),
-            metadata=ReadOnly(as_json(metadata or {})),
+            metadata=ReadOnly(facts),
         )
 
     def __bool__(self) -> bool:

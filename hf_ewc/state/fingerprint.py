@@ -7,7 +7,7 @@ another meaning; names and shapes alone cannot tell, the base weights can.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_ewc.parameters.names import class_name, parameters_by_name, unwrap
 from hf_ewc.state import heads, tied
+from hf_ewc.state.records import is_list_of
 from hf_ewc.state.sampling import hashes, is_away
 
 
@@ -72,6 +73,40 @@ def mismatches(recorded: Mapping[str, Any], model: nn.Module) -> list[str]:
             "same base and adapter, or begin a new state."
         )
     return problems
+
+
+def refuse_malformed(found: Any) -> None:
+    """Refuse what `of_model` does not return: a `ValueError` that names the entry."""
+    if found is None:
+        return
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "model": lambda value: isinstance(value, str),
+        "head": heads.is_recorded,
+        "tied": _are_words,
+        "adapters": _are_words,
+        "free": is_list_of(str),
+        "base": lambda value: (
+            value is None or (isinstance(value, Mapping) and all(map(_is_sample, value.values())))
+        ),
+    }
+    if not isinstance(found, Mapping):
+        raise ValueError(f"metadata['fingerprint'] is {found!r:.80}; it is an object.")
+    for name, is_right in kinds.items():
+        if name in found and not is_right(found[name]):
+            raise ValueError(
+                f"metadata['fingerprint'][{name!r}] is {found[name]!r:.80}, which no model has; "
+                "use another copy of the state."
+            )
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(word, str) for word in value.values())
+
+
+def _is_sample(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value.keys() >= {"shape", "hashes"}:
+        return False
+    return is_list_of(int)(value["shape"]) and is_list_of(str)(value["hashes"])
 
 
 def _samples(base: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_ewc.parameters.adapters import base_model, placed_by_name
 from hf_ewc.parameters.names import parameters_by_name
+from hf_ewc.state.records import is_list_of
 from hf_ewc.state.sampling import hashes
 
 _UNNAMED = re.compile(r"LABEL_\d+")
@@ -37,6 +38,18 @@ def of_model(model: nn.Module, names: Iterable[str]) -> dict[str, Any] | None:
         "labels": _labels(model),
         "hashes": hashes(parameters),
     }
+
+
+def is_recorded(found: Any) -> bool:
+    """Whether this is what `of_model` returns."""
+    if found is None:
+        return True
+    if not isinstance(found, Mapping) or not found.keys() >= {"parameters", "labels", "hashes"}:
+        return False
+    is_words = is_list_of(str)
+    lists = (found["labels"], found["hashes"])
+    named = is_words(found["parameters"]) and len(found["parameters"]) > 0
+    return named and all(value is None or is_words(value) for value in lists)
 
 
 def mismatches(recorded: Any, model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -15,6 +15,8 @@ from hf_ewc.parameters.sharding import is_dtensor, local_part, with_local
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
+# Entries of a tensor: no parameter has as many, and a few bytes of positions could claim them.
+_LARGEST = 1 << 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ class PackedTensor:
         size = math.prod(self.shape)
         if indices.dtype not in INDEX_DTYPES or indices.ndim != 1 or self.values.ndim != 1:
             return [f"has positions of {indices.dtype} and of {indices.ndim} axes, not integers"]
-        if self.exponents is not None or size >= 2**63:
+        if self.exponents is not None or size >= _LARGEST:
             return ["is sparse in 8 bits, or larger than any tensor"]
         if indices.shape != self.values.shape:
             return [f"has {self.values.numel()} values at {indices.numel()} positions"]

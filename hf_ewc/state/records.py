@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from hf_ewc.importance import Fisher
 
 Value = TypeVar("Value")
+# Objects within objects: what is a hundred deep is no fact about a state.
+_DEEPEST = 64
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def is_number(value: object, above: float = -1.0) -> bool:
         return False
 
 
+def is_list_of(kind: type) -> Callable[[Any], bool]:
+    """Whether a value is a list whose entries are of this very type."""
+    return lambda value: isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+
 def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """`metadata` as they would come back from a JSON file.
 
@@ -133,4 +140,14 @@ def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"metadata must be what JSON can hold: {error}.") from error
+    if _is_deeper(found, _DEEPEST):
+        raise ValueError(f"metadata are more than {_DEEPEST} objects deep.")
     return found
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if v)
+        level = [each for group in inner for each in group if isinstance(each, (dict, list))]
+    return bool(level)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_ewc.config import EWCConfig
@@ -71,9 +72,18 @@ def check_data(tasks: Sequence[Task], data_collator: Callable[..., Any] | None) 
                     f"{what} is a {type(data).__name__}, which can be read once only; give a list "
                     "of examples, a data set, or a torch.utils.data.IterableDataset."
                 )
+            _check_no_loader(what, data)
             check_kind(what, data)
             if task.data_collator is None and data_collator is None:
                 check_label_numbers(what, data)
+
+
+def _check_no_loader(what: str, data: Any) -> None:
+    if isinstance(data, DataLoader):
+        raise TypeError(
+            f"{what} is a DataLoader, and the trainer makes its own; give its .dataset, with the "
+            "batch size in the training arguments and its collate_fn as data_collator."
+        )
 
 
 def check_evaluated(
@@ -100,6 +110,7 @@ def check_evaluated(
                 f"name the head of one, as Head(…, name=…): {', '.join(heads) or 'none has one'}."
             )
         what = f"the eval_dataset of task {task.name!r}"
+        _check_no_loader(what, task.eval_dataset)
         check_kind(what, task.eval_dataset)
         if task.data_collator is None and data_collator is None:
             check_label_numbers(what, task.eval_dataset)
@@ -175,7 +186,12 @@ def check_types(tasks: Any, args: Any, config: Any, sequence: Any) -> None:
 
 
 def check_trains(model: nn.Module, plan: Plan) -> None:
-    """Refuse a model of which nothing would be learnt: a `ValueError`."""
+    """Refuse a model of which nothing would be learnt: a `ValueError`, or none: a `TypeError`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is {model!r:.80}, a {type(model).__name__}; needed is a model, such as "
+            "AutoModelForSequenceClassification.from_pretrained(name)."
+        )
     if lacks_adapter(model, plan):
         return
     if not any(parameter.requires_grad for parameter in model.parameters()):

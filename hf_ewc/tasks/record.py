@@ -24,7 +24,9 @@ from hf_ewc.report import (
     write_results,
 )
 from hf_ewc.report.names import in_markdown
+from hf_ewc.report.outcome import as_runs
 from hf_ewc.report.results import plain
+from hf_ewc.report.writing import pictures_of
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.tasks.aftermath import Aftermath
 from hf_ewc.tasks.divergence import divergence_table
@@ -205,10 +207,12 @@ class Record:
         write_report(self.folder.path, self._runs(), notes=notes, details=details)
 
     def complete(self) -> None:
-        """Make the report of results that are there, if a kill came between the two."""
-        results, report = self.folder.results, self.folder.path / "report.md"
-        if not report.exists() or report.stat().st_mtime_ns < results.stat().st_mtime_ns:
-            write_pages(self.folder.path, self._runs(), notes=self._notes())
+        """Make the report of results that are there, if a kill came before its last picture."""
+        runs = as_runs(self._runs())
+        written = self.folder.results.stat().st_mtime_ns
+        pages = [self.folder.path / name for name in ("report.md", *pictures_of(runs))]
+        if any(not page.exists() or page.stat().st_mtime_ns < written for page in pages):
+            write_pages(self.folder.path, runs, notes=self._notes())
 
     def write_results(self) -> None:
         """Write results.json alone."""

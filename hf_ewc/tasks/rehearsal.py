@@ -131,7 +131,7 @@ def _check_figures(found: Mapping[Any, Any], task: Task) -> None:
 
 def _first_batch(trainer: Any, data: Any) -> Any:
     """As the trainer's own loader makes it."""
-    count = min(EXAMPLES, len(data))
+    count = min(EXAMPLES, len(data), trainer.args.per_device_eval_batch_size)
     if isinstance(data, datasets.Dataset):
         data = trainer._remove_unused_columns(data.select(range(count)), "evaluation")
         return trainer.data_collator([data[i] for i in range(count)])

@@ -209,12 +209,12 @@ class RunFolder:
 
 
 def refuse_somebodys_report(folder: Path) -> None:
-    """Refuse files in the place of a report's in a folder without results: a `ValueError`."""
-    found = [name for name in _REPORT if (folder / name).exists()]
+    """Refuse files in the place of a run's in a folder without results: a `ValueError`."""
+    found = [name for name in OWN_FILES if (folder / name).exists()]
     if found and not (folder / "results.json").exists():
         raise ValueError(
             f"{folder} has {', '.join(found)} and no results.json, so that no run wrote them, and "
-            "the report would take their place; move them, or choose another output_dir."
+            "a run's own would take their place; move them, or choose another output_dir."
         )
 
 

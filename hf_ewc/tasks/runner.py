@@ -176,7 +176,12 @@ def planned(
     check_trainer_arguments(trainer_class, trainer_kwargs, "run_tasks")
     sequence = sequence_config or SequenceConfig()
     check_evaluated(evaluate_also, tasks, data_collator)
-    check_calls(data_collator=data_collator, log_likelihood=log_likelihood, after_task=after_task)
+    check_calls(
+        data_collator=data_collator,
+        log_likelihood=log_likelihood,
+        after_task=after_task,
+        processing_class=trainer_kwargs.get("processing_class"),
+    )
     check_optimizers(tasks, trainer_kwargs.get("optimizers"))
     check_names([*tasks, *evaluate_also])
     check_data(tasks, data_collator)

@@ -58,12 +58,18 @@ RECORDED = (
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",
+    "bf16_full_eval",
+    "fp16_full_eval",
+    "accelerator_config",
 )
 _ROUNDING = 1e-3
 
 ADAPTER = "peft_config"
 # Arguments of the trainer that change what is learnt.
-GIVEN = (ADAPTER, "optimizer_cls_and_kwargs", "compute_loss_func")
+GIVEN = (
+    *(ADAPTER, "optimizer_cls_and_kwargs", "compute_loss_func"),
+    *("formatting_func", "preprocess_logits_for_metrics"),
+)
 # Of an adapter's configuration: not what it does, but where it is from.
 _ORIGIN = ("peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping")
 
@@ -156,7 +162,16 @@ def _looks(plan: Plan, model: nn.Module) -> dict[str, Any]:
             "log_likelihood": _settings_of(plan.log_likelihood),
         },
         "callbacks": [_class_of(each) for each in plan.trainer_kwargs.get("callbacks") or ()],
+        "processing_class": _look_of_processor(plan.trainer_kwargs.get("processing_class")),
+        "processes": plan.args.world_size,
     }
+
+
+def _look_of_processor(given: Any) -> list[Any] | None:
+    """The class of a tokenizer or a processor, where it is from, and how many words it knows."""
+    if given is None:
+        return None
+    return [_class_of(given), str(getattr(given, "name_or_path", "")), length(given)]
 
 
 def _class_of(given: Any) -> str:
@@ -294,6 +309,8 @@ def _warn_of_other_looks(path: Path, found: Any, wanted: Mapping[str, Any]) -> N
         ("weights", "the model's weights"),
         ("settings", "the settings of the data collator, loss function or likelihood"),
         ("callbacks", "the callbacks"),
+        ("processing_class", "the processing_class"),
+        ("processes", "the number of processes, by which a step's examples grow"),
     ):
         own = wanted.get(key)
         others += [what] * (own not in (None, found.get(key, own)))

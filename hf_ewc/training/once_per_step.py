@@ -5,7 +5,7 @@ optimizers, or steps that it takes itself. So nothing here looks at losses. The 
 the first of
 
 - the end of the outermost training step that closes an accumulation window,
-- a clipping of gradients by the accelerator,
+- a clipping of gradients by the accelerator, or by the norm that torch's own takes,
 - the step of an optimizer that holds a protected parameter; torch announces every optimizer's,
 
 at the weights there are then, and not again before that optimizer has stepped. What has no gradient
@@ -76,6 +76,11 @@ class OncePerStep:
         self._noted = False
         self._closures.clear()
         self._witness.let_go()
+
+    @property
+    def has_entered(self) -> bool:
+        """Whether the gradients in place hold the whole penalty's."""
+        return self._entered == self._every and not self._witness.saw_another_gradient()
 
     def enter(self, loss_scale: float = 1.0, members: Members | None = None) -> None:
         """Add the penalty's gradient where it is not yet, if there are gradients at all.

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from transformers import Seq2SeqTrainer, Trainer
 
@@ -318,6 +319,13 @@ class EWCMixin(StateHolder):
 
             return with_penalty
 
+        def before_norm(norm: Callable[..., Any]) -> Callable[..., Any]:
+            def with_penalty(gradients: Any, *args: Any, **kwargs: Any) -> Any:
+                self._ewc_enter_before_norm(gradients)
+                return norm(gradients, *args, **kwargs)
+
+            return with_penalty
+
         with ExitStack() as stack:
             stack.enter_context(self._ewc_own_loop())
             stack.enter_context(replaced(self, "training_step", around_step))
@@ -325,7 +333,23 @@ class EWCMixin(StateHolder):
                 stack.enter_context(watched_optimizers(before, after))
                 for name in ("clip_grad_norm_", "clip_grad_value_"):
                     stack.enter_context(replaced(self.accelerator, name, before_clipping))
+                stack.enter_context(replaced(clip_grad, "_get_total_norm", before_norm))
             yield
+
+    def _ewc_enter_before_norm(self, gradients: Any) -> None:
+        """As torch's own `clip_grad_norm_` takes the norm of gradients, as in a user's step.
+
+        Not where they are scaled: who clips them then may have unscaled them, or not.
+        """
+        entry = self._ewc_entry
+        if (entry is not None and entry.has_entered) or not isinstance(gradients, (list, tuple)):
+            return
+        if not self.accelerator.sync_gradients or self.accelerator.scaler is not None:
+            return
+        own = {id(p.grad) for p in self._ewc_model.parameters() if p.grad is not None}
+        if any(id(gradient) in own for gradient in gradients):
+            self._ewc_begin_without_step()
+            self._ewc_enter()
 
     @contextmanager
     def _ewc_own_loop(self) -> Iterator[None]:

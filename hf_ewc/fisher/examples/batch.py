@@ -30,6 +30,7 @@ class ExampleBatch:
         known_layout: how the inputs divide, where that is known; by their sizes if None.
         apart_because: why these examples could not be collated into one batch with others.
         cut_from: the batch that came collated and of which these were wanted alone.
+        padded_here: whether padding in it is the collator's, of examples that have none alone.
     """
 
     inputs: dict[str, Any]
@@ -38,6 +39,7 @@ class ExampleBatch:
     known_layout: Layout | None = None
     apart_because: str | None = None
     cut_from: ExampleBatch | None = None
+    padded_here: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,7 +119,8 @@ class ExampleBatch:
                 "batches of one example."
             )
         taken = self.layout.take(self.inputs, examples)
-        return ExampleBatch(taken, ids, known_layout=self.layout.only(examples))
+        layout = self.layout.only(examples)
+        return ExampleBatch(taken, ids, known_layout=layout, padded_here=self.padded_here)
 
     def pair(self) -> ExampleBatch | None:
         """The two examples with the most labels; None where none has any."""
@@ -170,7 +173,8 @@ class ExampleBatch:
             return torch.cat([tensor, tensor]) if tensor.dim() else tensor
 
         inputs = tree_map_only(Tensor, rows, self.inputs)
-        return ExampleBatch(inputs, self.ids * 2, 1 + self.padding)
+        padding = 1 + self.padding
+        return ExampleBatch(inputs, self.ids * 2, padding, padded_here=self.padded_here)
 
     def blank(self) -> ExampleBatch:
         """The same batch as padding alone."""

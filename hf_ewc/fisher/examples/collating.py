@@ -44,6 +44,7 @@ class Divided:
     layout: Layout | None = None
     alone: list[dict[str, Any]] | None = None
     because: str | None = None
+    padded_here: bool = False
 
 
 class Dropped(ValueError):
@@ -64,6 +65,10 @@ class Collating:
     collator: Collator
 
     def __call__(self, examples: list[Any]) -> Divided:
+        come_padded = any(map(_begins_with_padding, examples))
+        return replace(self._divided(examples), padded_here=not come_padded)
+
+    def _divided(self, examples: list[Any]) -> Divided:
         try:
             batch = self._collated(examples)
         except Exception as error:
@@ -142,6 +147,14 @@ def _copied(example: Any) -> Any:
     return copy.copy(example) if isinstance(example, (Mapping, list, np.ndarray)) else example
 
 
+def _begins_with_padding(example: Any) -> bool:
+    """Whether a text comes with padding before it."""
+    mask = example.get("attention_mask") if isinstance(example, Mapping) else None
+    if not isinstance(mask, (Tensor, np.ndarray, list, tuple)) or len(mask) == 0:
+        return False
+    return np.size(mask[0]) == 1 and not bool(mask[0])
+
+
 def numbered(divided: Divided, ids: list[int]) -> Iterator[ExampleBatch]:
     """What was collated, with the numbers of the examples.
 
@@ -149,7 +162,9 @@ def numbered(divided: Divided, ids: list[int]) -> Iterator[ExampleBatch]:
         ValueError: an example alone has several rows of labels.
     """
     if divided.alone is None:
-        batch = ExampleBatch(divided.batch, ids, known_layout=divided.layout)
+        batch = ExampleBatch(
+            divided.batch, ids, known_layout=divided.layout, padded_here=divided.padded_here
+        )
         if len(ids) == 1:
             _require_one_row(divided.batch)
         yield batch

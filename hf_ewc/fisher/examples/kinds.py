@@ -27,6 +27,8 @@ def check_kind(what: str, data: Any) -> None:
             f"{what} is a {type(data).__name__} with the keys {list(data)[:5]}; give one data set, "
             "such as one split of a DatasetDict, or datasets.Dataset.from_dict(columns)."
         )
+    if isinstance(data, (set, frozenset)):
+        raise TypeError(f"{what} is a {type(data).__name__}, which has no order; give a list.")
     if isinstance(data, (str, bytes)) or not (
         data is None or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     ):

@@ -28,6 +28,11 @@ class News:
         self._known: set[str] = set()
         self._labels: set[int] = set()
         self._largest = 0.0
+        self._watched: list[str] = []
+
+    def watch(self, names: list[str]) -> None:
+        """Look at these inputs too, which the loss has for itself."""
+        self._watched = names
 
     def note(self, batch: Batch) -> None:
         """What this one has is known from now on."""
@@ -55,6 +60,8 @@ class News:
         for name, value in batch.items():
             if name.endswith("mask") and isinstance(value, Tensor) and value.dim() > 1:
                 yield from _if_any(f"a 0 in {name}", value == 0)
+        for name in self._watched:
+            yield from _values_of(name, batch.get(name))
         for labels in _labels_of(batch):
             if labels.dim() == 0:
                 continue
@@ -82,6 +89,18 @@ class News:
         far = there & (labels.abs() > 2 * self._largest)
         if self._largest:
             yield from _if_any(f"labels beyond ±{2 * self._largest:.3g}", far)
+
+
+def _values_of(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """Each of few values; of many, or of floats, whether there is a 0."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return
+    values = value.unique()
+    if value.is_floating_point() or len(values) > _FEW:
+        yield from _if_any(f"a 0 in {name}", value == 0)
+        return
+    for each in values.tolist():
+        yield from _if_any(f"a {each} in {name}", value == each)
 
 
 def _if_any(fact: str, where: Tensor) -> Iterator[tuple[str, Tensor]]:

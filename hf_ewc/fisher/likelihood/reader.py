@@ -45,6 +45,14 @@ logger = logging.getLogger("hf_ewc")
 
 # The true labels and made-up ones; the further ones where these tell nothing.
 _TURNS, _FURTHER_TURNS = range(2), range(2, 5)
+# What forwards of `transformers` take for inputs.
+KNOWN_INPUTS = frozenset(
+    (
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("pixel_values", "pixel_mask", "image_grid_thw", "input_values", "input_features"),
+        *("decoder_input_ids", "decoder_attention_mask"),
+    )
+)
 # So often the loss is looked at again for what a batch has that none had before.
 _MOST_LOOKS = 16
 
@@ -86,8 +94,9 @@ class LabelReader:
         self._observed: list[Observation] = []  # by which the reading was found
         self._looks = 0
         self._padding_is_known = False
-        # Not where processes run in step, nor of a text model's loss, which is the library's own.
-        self._may_look_again = not in_full and not takes_any_length(model)
+        # Not where processes run in step, nor of a text model whose loss is the library's own.
+        of_library = type(model).__module__.startswith(("transformers.", "peft."))
+        self._may_look_again = not in_full and not (of_library and takes_any_length(model))
 
     def settle(self, batch: ExampleBatch) -> None:
         """Find by the model's own loss what its outputs mean, unless that is known already.
@@ -220,8 +229,12 @@ class LabelReader:
         yield rows, few
         yield None, batch.inputs
 
-    def distribution(self, batch: Batch) -> Distribution:
+    def distribution(self, batch: Batch, *, padded_here: bool = False) -> Distribution:
         """p(y | x) of a batch, with a graph.
+
+        Args:
+            padded_here: whether its texts have no padding alone; then what is predicted from it
+                counts nothing.
 
         Raises:
             ValueError: the batch has no labels, or the outputs are of no head that is known.
@@ -236,7 +249,7 @@ class LabelReader:
             reading = self._told or by_what_is_said(self._model, said, outputs, batch)
             if has_labels(batch) and not self._loss_is_nan:
                 self._reading = reading
-        if reading.shifted and begins_with_padding(batch):
+        if reading.shifted and padded_here and begins_with_padding(batch):
             self._look_at_padding(batch, outputs)
             batch = predicted_from_text(batch)
         return reading.read(outputs, batch)
@@ -321,8 +334,10 @@ class LabelReader:
             reading = choosing.by_its_loss(self._model, candidates, observed)
         if reading is None:
             raise refusals.other_loss(self._model, observed, candidates)
-        if choosing.has_further_term(reading, observed):
-            self._refuse_a_second_head(first)
+        of_loss = self._of_loss_alone(first.batch) if self._may_look_again else []
+        if of_loss and choosing.has_further_term(reading, observed):
+            raise several_heads(of_loss)
+        self._news.watch(of_loss)
         if self._problem_type is None:
             choosing.refuse_unclear_shares(self._model, reading, first.batch)
         if reading.needs_labelled_forward:
@@ -361,29 +376,39 @@ class LabelReader:
             raise refusals.changed_loss(self._model, observed, candidates, what)
         self._reading = reading
 
-    def _refuse_a_second_head(self, observed: Observation) -> None:
-        """Of a loss with a further term: a router's is of what is computed, no input of its own."""
-        batch = observed.batch
-        others = [n for n in batch if isinstance(batch[n], Tensor) and n not in LABEL_NAMES]
-        found = [name for name in others if self._is_of_loss_alone(name, observed)]
-        if found:
-            raise several_heads(found)
+    def _of_loss_alone(self, batch: Batch) -> list[str]:
+        """The inputs that the loss depends on, and the outputs do not."""
+        names = [n for n in batch if isinstance(batch[n], Tensor) and n not in LABEL_NAMES]
+        unknown = [name for name in names if name not in KNOWN_INPUTS]
+        if not unknown or len(names) == 1:
+            return []
+        size = len(batch[names[0]])
+        few = {name: v[:2] if _has_rows(v, size) else v for name, v in batch.items()}
+        with torch.no_grad(), unwatched():
+            own = self._run_with_labels(few)
+            return [name for name in unknown if self._is_of_loss_alone(name, few, own)]
 
-    def _is_of_loss_alone(self, name: str, observed: Observation) -> bool:
-        """Whether the loss depends on this input, and the outputs do not."""
-        if name.endswith("mask"):
+    def _is_of_loss_alone(self, name: str, batch: Batch, own: Outputs | None) -> bool:
+        value = batch[name]
+        others = [_another(value)]
+        if not value.dtype.is_floating_point and not bool(value.any()):  # such as lengths of 0
+            others.insert(0, torch.full_like(value, 2))
+        found = (self._run_with_labels({**batch, name: other}) for other in others)
+        changed = next((outputs for outputs in found if outputs is not None), None)
+        if own is None or own.loss is None or changed is None or changed.loss is None:
             return False
-        batch = {**observed.batch, name: _another(observed.batch[name])}
+        before, after = float(own.loss), float(changed.loss)
+        is_same = abs(after - before) <= 1e-3 * abs(before)  # NaN is not: nothing is left to count
+        return same_scores(changed, own) and not is_same
+
+    def _run_with_labels(self, batch: Batch) -> Outputs | None:
+        """None where the forward fails on what was made up."""
         try:
-            with torch.no_grad(), unwatched():
-                changed = self._forward.with_labels(batch)
+            return self._forward.with_labels(batch)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            return False
-        if changed.loss is None or not same_scores(changed, observed.outputs):
-            return False
-        return abs(float(changed.loss) - observed.loss) > 1e-3 * abs(observed.loss)
+            return None
 
     def _refuse_scores_of_labels(self, observed: Sequence[Observation]) -> None:
         """Of heads whose outputs know the labels, but for decoders that have them as inputs."""
@@ -420,6 +445,10 @@ class LabelReader:
         if before <= 0 or (before != virtual and not known):
             return batch
         return {**batch, name: torch.nn.functional.pad(labels, (before, 0), value=IGNORED)}
+
+
+def _has_rows(value: object, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
 
 
 def _another(value: Tensor) -> Tensor:
