@@ -527,3 +527,16 @@ def test_report_does_not_write_over_a_run(tmp_path, capsys):
     said = failed(capsys, "report", tmp_path / "plain", "-o", tmp_path / "run")
     assert "holds the results of a run" in said
     assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
+def test_a_terminal_that_has_no_lambda(tmp_path):
+    """As one of Windows, or of a job without a locale."""
+    model = bert()
+    zeros = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    EWCState().consolidate(Fisher(zeros), model).save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "hf_ewc.cli", "inspect", str(tmp_path)]
+    found = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "?" in found.stdout

@@ -108,6 +108,10 @@ def but_for_minus_one(values, labels):
     return F.mse_loss(values[labels != -1], labels[labels != -1])
 
 
+def linear_from_50(values, labels):
+    return F.smooth_l1_loss(values, labels, beta=50.0)
+
+
 def by_kind(values, labels):
     """Yes or no where all labels are, else a regression, as of two tasks in turn."""
     if bool(((labels == 0) | (labels == 1)).all()):
@@ -122,7 +126,7 @@ YES_NO, RATINGS = [0.0, 1.0, 1.0, 0.0], [0.2, 0.7, 0.4, 0.9]
     ("loss", "labels", "news"),
     [
         (but_for_minus_one, [0.3, 0.1, 0.9, 0.4, -1.0, 0.2, -1.0, 0.8], "labels below 0"),
-        (F.smooth_l1_loss, [0.1, -0.1, 0.2, -0.2, 6.0, -8.0, 5.0, 9.0], "labels beyond"),
+        (linear_from_50, [0.1, -0.1, 0.2, -0.2, 600.0, -800.0, 500.0, 900.0], "labels beyond"),
         (by_kind, YES_NO + RATINGS, "labels that are not 0 or 1"),
         (by_kind, RATINGS + YES_NO, "labels of 0 or 1"),
     ],

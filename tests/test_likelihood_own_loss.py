@@ -627,3 +627,35 @@ def test_a_term_of_the_inputs_is_none_of_labels():
     found = estimate_fisher(model, [batch], fisher_type="empirical")
     expected = loop(model, batch, lambda z, y: [(1.0, z.log_softmax(-1)[y])])
     assert_close(found.diagonal, expected, relative=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("loss", [F.smooth_l1_loss, F.huber_loss])
+def test_a_loss_that_is_quadratic_near_the_labels_alone(loss, spread):
+    model = Own(1, lambda z, y: loss(z.view(-1), y))
+    with torch.no_grad():
+        near = model(features(EXAMPLES))["logits"].view(-1)
+    labels = near + spread * torch.tensor([0.5, -0.4, 0.3, -0.5, 0.2, 0.4])
+    with pytest.raises(ValueError, match="is not the"):
+        estimate_fisher(model, [{"x": features(EXAMPLES), "labels": labels}])
+    estimate_fisher(
+        Own(1, lambda z, y: F.mse_loss(z.view(-1), y)),
+        [{"x": features(EXAMPLES), "labels": labels}],
+    )
+
+
+@pytest.mark.parametrize("values", [[1, 0, 1], [0, 0, 0], [1, 1, 1]])
+def test_numbers_of_classes_that_are_no_shares(values):
+    """Where the model has no loss, or none that takes them."""
+    labels = torch.tensor([values] * EXAMPLES)
+    for model in (Own(3, config="single_label_classification"), Own(3, F.nll_loss)):
+        if model.loss is not None:
+            model.config = t.PretrainedConfig(problem_type="single_label_classification")
+        with pytest.raises(ValueError, match="do not sum to 1 in each row"):
+            estimate_fisher(model, [{"x": features(EXAMPLES), "labels": labels}])
+
+
+def test_logits_of_several_heads_in_a_tuple():
+    model = Own(3, change=lambda logits: (logits, logits))
+    with pytest.raises(ValueError, match="'logits' are a tuple"):
+        estimate_fisher(model, [{"x": features(EXAMPLES), "labels": LABELS}])

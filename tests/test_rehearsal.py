@@ -206,3 +206,9 @@ def test_each_task_is_looked_at_once_also_by_a_head_that_grows(tmp_path, monkeyp
     args = arguments(tmp_path / "b", max_steps=1)
     run_tasks(bert(), sequence, args, sequence_config=growing, evaluate_also=[also])
     assert looked == ["a", "c", "b"]
+
+
+def test_examples_without_labels(tmp_path):
+    unlabelled = Task("a", examples(), examples(labels=None))
+    with pytest.raises(ValueError, match="evaluation returned nothing: its examples have no label"):
+        run_tasks(bert(), [unlabelled], arguments(tmp_path, max_steps=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from hf_ewc import SequenceConfig, Task, run_tasks
 from hf_ewc.config import EWCConfig
 from hf_ewc.state.ewc_state import EWCState
 from hf_ewc.training.trainer import EWCMixin
@@ -242,3 +244,23 @@ def test_the_batches_of_the_fisher_are_as_large_as_the_trainers(
     trainer.data_collator = collate
     trainer.consolidate()
     assert max(sizes) == size
+
+
+@pytest.mark.filterwarnings("ignore:.return_outputs=True:FutureWarning")
+def test_the_divergence_on_raw_texts(tmp_path: Path) -> None:
+    raw = Dataset.from_dict({"text": texts(8)})
+    args = SFTConfig(
+        str(tmp_path), max_length=16, max_steps=1, report_to="none", use_cpu=True, bf16=False
+    )
+    result = run_tasks(
+        small_llama(),
+        [Task("texts", raw, raw, metric="perplexity")],
+        args,
+        sequence_config=SequenceConfig(kl_examples=4),
+        trainer_class=EWCSFTTrainer,
+        processing_class=tokenizer(),
+    )
+    assert len(result.metrics) == 1
+    (found,) = json.loads((tmp_path / "results.json").read_text())["divergences"]
+    assert found["kl"] > 0
+    assert found["labels"] > 4

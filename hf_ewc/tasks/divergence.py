@@ -25,6 +25,7 @@ from hf_ewc.tasks.outputs import evaluating, logits_of
 from hf_ewc.tasks.plan import Plan
 from hf_ewc.tasks.task import Task
 from hf_ewc.tasks.token_scores import is_causal
+from hf_ewc.training.data_path import prepared
 from hf_ewc.training.held_out import has_rows, rows_of
 
 logger = logging.getLogger("hf_ewc")
@@ -90,7 +91,8 @@ class Divergence:
     def _seen(self, trainer: Any, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batch by batch: log p (P, C) of the positions that count; which these are, (B, T)."""
         task, model = self._plan.tasks[index], unwrap(trainer.model)
-        examples = _examples(task, self._plan.sequence.kl_examples, self._plan.args.seed)
+        few = _examples(task, self._plan.sequence.kl_examples, self._plan.args.seed)
+        examples = prepared(trainer, few)
         with preserved_random_states(), self._space.of(task), evaluating(model):
             set_seed(self._plan.args.seed)  # for data that are changed at random as they are read
             for inputs in trainer.get_test_dataloader(examples):

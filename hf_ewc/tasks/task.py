@@ -88,6 +88,12 @@ def score_of(task: Task, metrics: Mapping[str, float | None]) -> float | None:
     Raises:
         ValueError: evaluation returned no such metric.
     """
+    if not metrics:
+        raise ValueError(
+            f"task {task.name!r} is scored by {task.metric!r}, and evaluation returned nothing: "
+            "its examples have no labels by a name that the trainer knows ('labels', or "
+            "label_names of the training arguments), or the model returns no loss for them."
+        )
     if task.metric not in metrics:
         raise ValueError(
             f"task {task.name!r} is scored by {task.metric!r}; evaluation returned "

@@ -39,7 +39,7 @@ def examples_of(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
             "task's name goes by keyword: consolidate(name=...)."
         )
     warn_of_wrapped(trainer, dataset)
-    dataset = _prepared(trainer, dataset)
+    dataset = prepared(trainer, dataset)
     if _loads_itself(trainer) and hasattr(dataset, "__len__"):
         return _as_loaded(trainer, dataset)
     if isinstance(dataset, datasets.Dataset):
@@ -49,7 +49,7 @@ def examples_of(trainer: Trainer, dataset: Any) -> tuple[Any, Collator]:
     return taken_apart(dataset, trainer.model), collator
 
 
-def _prepared(trainer: Any, dataset: Any) -> Any:
+def prepared(trainer: Any, dataset: Any) -> Any:
     """`dataset` as the trainer prepares its own: TRL's tokenize texts, pairs and chats.
 
     Texts are not packed: each is an example. What is prepared already is left as it is.

@@ -104,6 +104,10 @@ def by_what_is_said(
     if len(fitting) > 1:
         raise refusals.several_scores(fitting)
     kind = _kind(candidates, problem_type, outputs, batch)
+    labels = labels_in(batch)
+    of_classes = kind == SOFTMAX and labels.dim() > 1 and labels.shape == logits_of(outputs).shape
+    if of_classes and not sums_to_one(labels) and bool(are_there(labels).all()):
+        raise refusals.no_shares(labels)
     if kind == SOFTMAX and sums_to_one(logits_of(outputs)):
         raise refusals.probabilities()
     shifted = shifts_labels(model)

@@ -17,6 +17,9 @@ _FEW, _TURN_OF_ALL = 64, 2
 _TRIES = 20
 # The share of a sequence's labels that is taken out.
 _HOLES = 0.2
+# How far numbers are drawn, in their own spreads, and in this turn: a loss that is linear for large
+# errors, such as Huber's, is quadratic near the labels.
+_NEAR, _FAR, _TURN_OF_FAR = 1.0, 20.0, 1
 
 
 def made_up(labels: Tensor, classes: Tensor | None, turn: int, *, holes: bool) -> Tensor:
@@ -33,22 +36,23 @@ def made_up(labels: Tensor, classes: Tensor | None, turn: int, *, holes: bool) -
     classes = None if classes is None else classes.cpu()
     if classes is not None and own.dim() > 1 and len(classes) > _FEW and turn < _TURN_OF_ALL:
         classes = several if len(several := _classes_in(own)) > 1 else classes
-    drawn = _drawn(own, classes, generator)
+    reach = _FAR if turn == _TURN_OF_FAR else _NEAR
+    drawn = _drawn(own, classes, generator, reach)
     for _ in range(_TRIES):
         if _tells(drawn, own):
             break
-        drawn = _drawn(own, classes, generator)
+        drawn = _drawn(own, classes, generator, reach)
     if holes and own.dim() > 1 and not own.is_floating_point():
         out = torch.rand(own.shape, generator=generator) < _HOLES
         drawn = drawn.masked_fill(out, IGNORED)
     return drawn.to(labels.device)
 
 
-def _drawn(own: Tensor, classes: Tensor | None, generator: torch.Generator) -> Tensor:
+def _drawn(own: Tensor, classes: Tensor | None, generator: torch.Generator, reach: float) -> Tensor:
     if own.is_floating_point():
-        return _like_floats(own, generator)
+        return _like_floats(own, generator, reach)
     if classes is None and sums_to_one(own):
-        return _like_floats(own.float(), generator).to(own.dtype)
+        return _like_floats(own.float(), generator, reach).to(own.dtype)
     return _like_integers(own, classes, generator)
 
 
@@ -98,7 +102,7 @@ def _classes_in(labels: Tensor) -> Tensor:
     return found
 
 
-def _like_floats(labels: Tensor, generator: torch.Generator) -> Tensor:
+def _like_floats(labels: Tensor, generator: torch.Generator, reach: float) -> Tensor:
     """Yes or no, one of several, shares of one, shares, or numbers, whichever the labels are."""
     labels = filled(labels)
     draws = torch.rand(labels.shape, generator=generator, dtype=labels.dtype)
@@ -112,7 +116,7 @@ def _like_floats(labels: Tensor, generator: torch.Generator) -> Tensor:
     if bool(((labels >= 0) & (labels <= 1)).all()):
         return draws
     spread = float(labels.std()) if labels.numel() > 1 else 0.0
-    return labels.mean() + (draws - 0.5) * 2 * (spread or 1.0)
+    return labels.mean() + (draws - 0.5) * 2 * reach * (spread or 1.0)
 
 
 def sums_to_one(values: Tensor) -> bool:

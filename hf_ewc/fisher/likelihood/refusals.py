@@ -38,6 +38,12 @@ def no_logits(values: Any) -> ValueError:
             f"start_logits and end_logits, such as ...ForQuestionAnsweringSimple, or "
             f"{USE_LOG_LIKELIHOOD}."
         )
+    own = values.get("logits") if isinstance(values, Mapping) else None
+    if own is not None:
+        return ValueError(
+            f"The model's 'logits' are a {type(own).__name__}, of several heads perhaps; needed is "
+            f"one tensor. Return one, or {USE_LOG_LIKELIHOOD}."
+        )
     return ValueError(
         f"The model returns no 'logits' (it returns {', '.join(map(str, names))}); "
         f"{USE_LOG_LIKELIHOOD}."
@@ -72,6 +78,14 @@ def soft_labels(labels: Tensor) -> ValueError:
         f"The labels of {_form(labels)} are shares that sum to 1 in each row, as those of mixed "
         "examples are, while the model's own loss takes each class for yes or no by itself, as "
         f"transformers does where nothing is said. Set {_PROBLEM_TYPES}, or {USE_LOG_LIKELIHOOD}."
+    )
+
+
+def no_shares(labels: Tensor) -> ValueError:
+    return ValueError(
+        f"The labels of {_form(labels)} have a number for each class which do not sum to 1 in each "
+        "row, so that they are no shares of the classes, and the model's own loss does not say "
+        f"what they are. Set {_PROBLEM_TYPES}, or {USE_LOG_LIKELIHOOD}."
     )
 
 
