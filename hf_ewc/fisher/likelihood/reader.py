@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hf_ewc.fisher.examples.batch import ExampleBatch
 from hf_ewc.fisher.labels import (
     IGNORED,
-    LABEL_NAMES,
     Batch,
     further_labels,
     label_name,
@@ -26,16 +25,17 @@ from hf_ewc.fisher.likelihood import choosing, refusals
 from hf_ewc.fisher.likelihood.distribution import Distribution
 from hf_ewc.fisher.likelihood.forward import Forward, Outputs, same_scores
 from hf_ewc.fisher.likelihood.label_shift import takes_any_length
+from hf_ewc.fisher.likelihood.loss_inputs import another, read_by_loss_alone
 from hf_ewc.fisher.likelihood.news import News
 from hf_ewc.fisher.likelihood.observing import Observer, few_examples, few_positions, has_labels
 from hf_ewc.fisher.likelihood.own_loss import Observation, StatedLoss
-from hf_ewc.fisher.likelihood.parts import Parts
-from hf_ewc.fisher.likelihood.readings import (
-    Reading,
+from hf_ewc.fisher.likelihood.padding import (
     begins_with_padding,
     most_padded,
     predicted_from_text,
 )
+from hf_ewc.fisher.likelihood.parts import Parts
+from hf_ewc.fisher.likelihood.readings import Reading
 from hf_ewc.fisher.likelihood.slices import unseen
 from hf_ewc.fisher.memory import is_out_of_memory
 from hf_ewc.fisher.unwatched import unwatched
@@ -45,14 +45,6 @@ logger = logging.getLogger("hf_ewc")
 
 # The true labels and made-up ones; the further ones where these tell nothing.
 _TURNS, _FURTHER_TURNS = range(2), range(2, 5)
-# What forwards of `transformers` take for inputs.
-KNOWN_INPUTS = frozenset(
-    (
-        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
-        *("pixel_values", "pixel_mask", "image_grid_thw", "input_values", "input_features"),
-        *("decoder_input_ids", "decoder_attention_mask"),
-    )
-)
 # So often the loss is looked at again for what a batch has that none had before.
 _MOST_LOOKS = 16
 
@@ -137,7 +129,7 @@ class LabelReader:
             return False
         try:
             with torch.no_grad(), unwatched():
-                own, changed = self._forward(batch), self._forward({**batch, name: _another(value)})
+                own, changed = self._forward(batch), self._forward({**batch, name: another(value)})
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -168,10 +160,11 @@ class LabelReader:
         with contextlib.suppress(ValueError):  # a shift that nothing tells
             self._told = choosing.by_its_loss(self._model, candidates, observed)
         told = self._told
-        if told is not None and stated[0].kept_back and choosing.has_further_term(told, observed):
-            logger.warning("%s", refusals.further_stated_loss(self._model, stated[0].kept_back))
+        kept_back = stated[0].kept_back
         if told is None and is_main_process():
             logger.warning("%s", refusals.other_stated_loss(self._model, observed[0], candidates))
+        elif told is not None and kept_back and choosing.has_further_term(told, observed):
+            logger.warning("%s", refusals.further_stated_loss(self._model, kept_back))
         if decodes:
             self._told = None
         if self._told is not None and self._told.needs_labelled_forward:
@@ -334,7 +327,7 @@ class LabelReader:
             reading = choosing.by_its_loss(self._model, candidates, observed)
         if reading is None:
             raise refusals.other_loss(self._model, observed, candidates)
-        of_loss = self._of_loss_alone(first.batch) if self._may_look_again else []
+        of_loss = read_by_loss_alone(self._forward, first.batch) if self._may_look_again else []
         if of_loss and choosing.has_further_term(reading, observed):
             raise several_heads(of_loss)
         self._news.watch(of_loss)
@@ -376,40 +369,6 @@ class LabelReader:
             raise refusals.changed_loss(self._model, observed, candidates, what)
         self._reading = reading
 
-    def _of_loss_alone(self, batch: Batch) -> list[str]:
-        """The inputs that the loss depends on, and the outputs do not."""
-        names = [n for n in batch if isinstance(batch[n], Tensor) and n not in LABEL_NAMES]
-        unknown = [name for name in names if name not in KNOWN_INPUTS]
-        if not unknown or len(names) == 1:
-            return []
-        size = len(batch[names[0]])
-        few = {name: v[:2] if _has_rows(v, size) else v for name, v in batch.items()}
-        with torch.no_grad(), unwatched():
-            own = self._run_with_labels(few)
-            return [name for name in unknown if self._is_of_loss_alone(name, few, own)]
-
-    def _is_of_loss_alone(self, name: str, batch: Batch, own: Outputs | None) -> bool:
-        value = batch[name]
-        others = [_another(value)]
-        if not value.dtype.is_floating_point and not bool(value.any()):  # such as lengths of 0
-            others.insert(0, torch.full_like(value, 2))
-        found = (self._run_with_labels({**batch, name: other}) for other in others)
-        changed = next((outputs for outputs in found if outputs is not None), None)
-        if own is None or own.loss is None or changed is None or changed.loss is None:
-            return False
-        before, after = float(own.loss), float(changed.loss)
-        is_same = abs(after - before) <= 1e-3 * abs(before)  # NaN is not: nothing is left to count
-        return same_scores(changed, own) and not is_same
-
-    def _run_with_labels(self, batch: Batch) -> Outputs | None:
-        """None where the forward fails on what was made up."""
-        try:
-            return self._forward.with_labels(batch)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return None
-
     def _refuse_scores_of_labels(self, observed: Sequence[Observation]) -> None:
         """Of heads whose outputs know the labels, but for decoders that have them as inputs."""
         first, last = observed[0], observed[-1]
@@ -445,14 +404,6 @@ class LabelReader:
         if before <= 0 or (before != virtual and not known):
             return batch
         return {**batch, name: torch.nn.functional.pad(labels, (before, 0), value=IGNORED)}
-
-
-def _has_rows(value: object, size: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
-
-
-def _another(value: Tensor) -> Tensor:
-    return torch.zeros_like(value) if bool(value.any()) else torch.ones_like(value)
 
 
 def _with_another(batch: ExampleBatch, place: int) -> Batch:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ewc.fisher.labels import IGNORED, Batch, are_there, label_name, labels_in, shift_left
+from hf_ewc.fisher.labels import IGNORED, Batch, are_there, labels_in, shift_left
 from hf_ewc.fisher.likelihood.alignment import Alignments
 from hf_ewc.fisher.likelihood.categorical import Categorical, SoftCategorical
 from hf_ewc.fisher.likelihood.distribution import Distribution
@@ -72,7 +71,7 @@ def _of_positions(logits: Tensor, labels: Tensor, batch: Batch) -> Iterator[Read
     if logits.shape[-1] < 2 or labels.numel() != logits[..., 0].numel():
         return
     sequence = labels.dim() > 1 and labels.shape == logits.shape[:-1]
-    masks = [False, True] if sequence and _attended(batch, labels) is not None else [False]
+    masks = [False, True] if sequence and attention_of(batch, labels) is not None else [False]
     for attended in masks:
         for shifted in (False, True) if sequence else (False,):
             words = "a softmax over classes" + (" at each position" if sequence else "")
@@ -160,7 +159,7 @@ def _of_outputs(logits: Tensor, labels: Tensor, batch: Batch) -> Iterator[Readin
     """A label for each output, or a share of each class."""
     if logits.dim() > 1 and logits.shape[-1] > 1 and labels.shape == logits.shape:
         yield Reading("a softmax over classes with shares as labels", SOFTMAX, _shares, axis=-1)
-    sequence = labels.dim() == 2 and _attended(batch, labels) is not None
+    sequence = labels.dim() == 2 and attention_of(batch, labels) is not None
     for attended in (False, True) if sequence else (False,):
         words = ", without padding" * attended
         yield Reading("yes or no for each output" + words, YES_NO, _each(Bernoulli, attended))
@@ -192,53 +191,15 @@ def _shares(outputs: Outputs, batch: Batch) -> Distribution:
     return SoftCategorical(logits.reshape(examples, -1, classes), labels, targets)
 
 
-def _attended(batch: Batch, labels: Tensor) -> Tensor | None:
+def attention_of(batch: Batch, labels: Tensor) -> Tensor | None:
+    """Which positions of a text are no padding, (B, T); None where that is not said."""
     mask = batch.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.shape == labels.shape else None
 
 
 def _without_padding(labels: Tensor, batch: Batch) -> Tensor:
-    mask = _attended(batch, labels)
+    mask = attention_of(batch, labels)
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
-
-
-def begins_with_padding(batch: Batch) -> bool:
-    """Whether padding stands before a text, by its attention mask."""
-    return bool(_after_padding(batch).any())
-
-
-def predicted_from_text(batch: Batch) -> Batch:
-    """Without the label of a text's first token, where padding stands before it.
-
-    Shifted, it would be predicted from the padding, and it is predicted from nothing in the text
-    alone: what counts of an example would depend on the others of its batch.
-    """
-    labels = labels_in(batch).masked_fill(_after_padding(batch), IGNORED)
-    return {**batch, str(label_name(batch)): labels}
-
-
-def most_padded(batch: Batch) -> tuple[int, Batch | None]:
-    """The place of the text with most padding before it, and that text without it.
-
-    None in place of the text where there is more than tokens and what goes with each.
-    """
-    first = _after_padding(batch).int().argmax(1)
-    place = int(first.argmax())
-    shape = labels_in(batch).shape
-    alone = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    if any(value.shape != shape for value in alone.values()):
-        return place, None
-    cut = {name: value[place : place + 1, int(first[place]) :] for name, value in alone.items()}
-    return place, {**batch, **cut}
-
-
-def _after_padding(batch: Batch) -> Tensor:
-    """Where a token is that is attended to, behind one that is not."""
-    labels = labels_in(batch)
-    mask = _attended(batch, labels)
-    if mask is None or labels.dim() != 2:
-        return labels.new_zeros(labels.shape, dtype=torch.bool)
-    return F.pad(mask[:, :-1] == 0, (1, 0)) & (mask != 0)
 
 
 def _alignments(outputs: Outputs, batch: Batch) -> Distribution:
